@@ -180,11 +180,11 @@ def derive_seed(seed: int, stream: str, index: int = 0) -> int:
 class Environment:
     """A simulator behind one interface. Adroit's `-binary` tasks (Cal-QL) pay -1 a step, 0 while the goal is held."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, **options: Any) -> None:
         self.name, self.family, self.binary = name, name.split("-")[0].lower(), "-binary-" in name
         self.counts_success = self.binary or self.family == "antmaze"
         self.normalized = self.counts_success or self.family in REFERENCE_RETURNS
-        self.env, self.old_api = make_simulator(name.replace("binary-v0", "cloned-v1"))
+        self.env, self.old_api = make_simulator(name.replace("binary-v0", "cloned-v1"), options)
         states, actions = self.env.observation_space, self.env.action_space
         if len(states.shape or ()) != 1 or len(actions.shape or ()) != 1 or not actions.is_bounded():
             fail(f"{name} needs flat observations and bounded continuous actions, it has {states} and {actions}")
@@ -228,7 +228,7 @@ class Environment:
         return 100.0 * (self.episode_return - low) / (high - low)
 
 
-def make_simulator(env_id: str) -> tuple[Any, bool]:
+def make_simulator(env_id: str, options: dict[str, Any]) -> tuple[Any, bool]:
     """The simulator of that name, from gym with d4rl (then True: the old interface) or from Gymnasium."""
     try:
         if all(importlib.util.find_spec(module) for module in ("gym", "d4rl")):
@@ -251,7 +251,7 @@ def make_simulator(env_id: str) -> tuple[Any, bool]:
             raise ValueError("it needs D4RL's simulators: install d4rl_envs, or gym 0.23.1 with d4rl")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
-            return gymnasium.make(env_id), False
+            return gymnasium.make(env_id, **options), False
     except Exception as error:
         fail(f"cannot make the environment {env_id!r}: {error}")
 
@@ -741,7 +741,7 @@ def choose_device(name: str) -> str:
 
 
 class Run:
-    """A run's state, folder and log. `step` counts offline, then C-VAE updates, then online steps: it tells the phase."""
+    """A run's state, folder and log. `step`, offline then C-VAE updates then online steps, alone tells the phase."""
 
     PROGRESS = ("step", "episode", "metrics_size", "dataset_checksum", "reward_scale", "reward_bias", "evaluations")
     PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb")
