@@ -121,7 +121,7 @@ class TrainConfig:
 
 def check_config(config: Any) -> None:
     """Raise ValueError for a value that no run can use."""
-    at_least_1 = ("threads", "n_test_episodes", "batch_size", "hidden_dim", "vae_hidden_dim")
+    at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations")
     shares = ("p_threshold", "vae_mean_weight", "mastered_share", "gamma", "tau")
     for name, value in asdict(config).items():
         if isinstance(value, (int, float)) and not 0 <= value < math.inf:
@@ -132,8 +132,8 @@ def check_config(config: Any) -> None:
         raise ValueError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, not {config.coefficient!r}")
     if config.guidance_fade and not config.guidance_steps:
         raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
-    if config.buffer_size < config.batch_size:
-        raise ValueError(f"buffer_size {config.buffer_size} is smaller than batch_size {config.batch_size}")
+    if not 2 <= config.batch_size <= config.buffer_size:
+        raise ValueError(f"batch_size must lie between 2 and buffer_size {config.buffer_size}, it is {config.batch_size}")
 
 
 def fail(message: str) -> NoReturn:
@@ -273,14 +273,13 @@ def find_dataset(env: str, dataset: str) -> Path:
     alternatives = "give another data set by path with --dataset, or make one with tools/collect.py"
     if dataset:
         return Path(dataset) if Path(dataset).is_file() else fail(f"no data set at {dataset}; {alternatives}")
-    address, home = dataset_address(env), "~/.d4rl/datasets"
-    if not address:
+    if not (address := dataset_address(env)):
         fail(f"D4RL has no single data file for {env!r}; {alternatives}")
-    folders = [Path(folder).expanduser() for folder in (os.environ.get("D4RL_DATASET_DIR") or home, home)]
-    for folder in folders:
-        if (folder / Path(address).name).is_file():
-            return folder / Path(address).name
-    path, aside = folders[0] / Path(address).name, folders[0] / f"{Path(address).name}.part"
+    folders = [os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets", "~/.d4rl/datasets"]
+    paths = [Path(folder).expanduser() / Path(address).name for folder in folders]
+    if found := [path for path in paths if path.is_file()]:
+        return found[0]
+    path, aside = paths[0], paths[0].with_suffix(f".{os.getpid()}.part")  # other runs may download it at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(address, timeout=30) as response, open(aside, "wb") as file:
@@ -291,8 +290,9 @@ def find_dataset(env: str, dataset: str) -> Path:
         aside.replace(path)
         return path
     except Exception as error:
-        aside.unlink(missing_ok=True)
         fail(f"could not download {address} ({error}); put the file into {path.parent} by hand, or {alternatives}")
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def load_dataset(path: Path, env: Environment) -> tuple[np.ndarray, np.ndarray]:
@@ -576,13 +576,13 @@ class ConstantCoefficient(nn.Module):
 
     def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """p, (n,), of states (n, obs_dim)."""
-        p = torch.rand(len(states), device=states.device)
-        return p if self.kind == "random" else torch.full_like(p, 0.5 if self.kind == "even" else 0.0)
+        if self.kind == "random":
+            return torch.rand(len(states), device=states.device)
+        return states.new_full((len(states),), 0.5 if self.kind == "even" else 0.0)
 
 
-COEFFICIENTS = {"vae": VAECoefficient, "static": VAECoefficient} | dict.fromkeys(
-    ("even", "random", "none"), ConstantCoefficient
-)
+COEFFICIENTS = dict.fromkeys(("vae", "static"), VAECoefficient)
+COEFFICIENTS |= dict.fromkeys(("even", "random", "none"), ConstantCoefficient)
 
 
 # --- AWAC with SAMG
@@ -631,7 +631,7 @@ class AWAC(nn.Module):
             if guided:
                 p = self.guidance_weight * batch.p
                 q_off = self.offline_critic(next_states, next_actions).amin(0)
-                r_in = self.config.gamma * p * (q_off - q_next)  # Section 4.1: the guidance as an intrinsic reward
+                r_in = self.config.gamma * (1 - batch.dones) * p * (q_off - q_next)  # Section 4.1: as intrinsic reward
                 metrics |= {"r_in_mean": r_in.mean(), "r_in_std": r_in.std()}
                 q_next = (1 - p) * q_next + p * q_off
             target = batch.rewards + self.config.gamma * (1 - batch.dones) * q_next
@@ -744,7 +744,7 @@ class Run:
     """A run's state, folder and log. `step`, offline then C-VAE updates then online steps, alone tells the phase."""
 
     PROGRESS = ("step", "episode", "metrics_size", "dataset_checksum", "reward_scale", "reward_bias", "evaluations")
-    PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb")
+    PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb", "collapsed")
 
     def __init__(self, config: Any, algorithm: type) -> None:
         self.config, self.algorithm, self.device = config, algorithm, choose_device(config.device)
@@ -1000,9 +1000,8 @@ def finetune_online(run: Run) -> None:
 
 def guidance_weight(config: Any, step: int) -> float:
     """1; 0 after guidance_steps, where that is set (Appendix C.4), or with guidance_fade falling linearly to 0."""
-    if not config.guidance_steps:
-        return 1.0
-    return max(0.0, 1 - step / config.guidance_steps) if config.guidance_fade else float(step <= config.guidance_steps)
+    left = 1 - step / config.guidance_steps if config.guidance_steps else 1.0
+    return max(0.0, left) if config.guidance_fade else float(left >= 0)
 
 
 def update_coefficient(run: Run) -> dict[str, float]:
@@ -1055,24 +1054,19 @@ def train(config: Any, algorithm: type) -> None:
 
 
 # --- Main
-def score_checkpoint(config: Any, algorithm: type) -> None:
-    """--eval_only: print the score of a saved policy."""
-    checkpoint = load_checkpoint(Path(config.eval_only), algorithm)
-    given = {name: getattr(config, name) for name in ("device", "threads", "n_test_episodes", "eval_seed")}
-    config = type(config)(**checkpoint["config"] | given)
-    torch.set_num_threads(config.threads)
-    env = Environment(config.env)
-    agent = algorithm(config, env, choose_device(config.device))
-    agent.load_state_dict(checkpoint["agent"])
-    result = evaluate(agent, env, config.n_test_episodes, config.eval_seed)
-    print(f"{config.env}, {config.n_test_episodes} episodes: {json.dumps(result)}")
-
-
 def main(algorithm: type, config_class: type) -> None:
     """Command line: train, --resume, or --eval_only."""
     config = parse_config(config_class, sys.argv[1:])
     if config.eval_only:
-        return score_checkpoint(config, algorithm)
+        checkpoint = load_checkpoint(Path(config.eval_only), algorithm)
+        given = {name: getattr(config, name) for name in ("device", "threads", "n_test_episodes", "eval_seed")}
+        config = config_class(**checkpoint["config"] | given)
+        torch.set_num_threads(config.threads)
+        env = Environment(config.env)
+        agent = algorithm(config, env, choose_device(config.device))
+        agent.load_state_dict(checkpoint["agent"])
+        result = evaluate(agent, env, config.n_test_episodes, config.eval_seed)
+        return print(f"{config.env}, {config.n_test_episodes} episodes: {json.dumps(result)}")
     if config.resume:
         own = ["--config", str(Path(config.resume) / "config.yaml")]
         saved, config = parse_config(config_class, own), parse_config(config_class, [*own, *sys.argv[1:]])

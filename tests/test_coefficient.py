@@ -1,0 +1,342 @@
+"""The C-VAE, the coefficient p(s, a) and its adaptive update, against hand-computed numbers and numpy."""
+
+import io
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+OBS, ACT = 3, 1
+ERFC = {0: 1.0, 1: 0.317310507863, 2: 0.045500263896, 3: 0.002699796063}  # erfc(k / sqrt(2)): k sigmas away
+TWO_ROWS = torch.tensor([[1.0, -2.0], [0.5, 2.0]], dtype=torch.float64)  # moments (2, d): of z_m, of z_s
+TWO_VARS = torch.tensor([[4.0, 0.25], [0.01, 1.0]], dtype=torch.float64)
+
+
+def make_coefficient(awac, **values):
+    torch.manual_seed(0)
+    config = awac.TrainConfig(**{"vae_hidden_dim": 12, "batch_size": 16, "p_threshold": 0.3} | values)
+    return awac.VAECoefficient(config, OBS, ACT, "cpu")
+
+
+def make_batch(awac, n, seed=0, shift=0.0):
+    random = np.random.default_rng(seed)
+    states, actions, next_states = (random.normal(size=(n, d)) + shift for d in (OBS, ACT, OBS))
+    columns = states, actions, random.normal(size=n), next_states, np.zeros(n), np.zeros(n)
+    return awac.Batch(*(torch.from_numpy(column.astype(np.float32)) for column in columns))
+
+
+# --- p(s, a)
+def degree(awac, sigmas_m, sigmas_s, w=0.5, threshold=0.0):
+    """p of one row that lies so many standard deviations from the means of z_m and of z_s, in either direction."""
+    std, direction = TWO_VARS.sqrt(), torch.tensor([1.0, -1.0])
+    rows = (TWO_ROWS[i] + direction * std[i] * torch.tensor(s) for i, s in enumerate((sigmas_m, sigmas_s)))
+    return awac.offline_degree(*(row[None] for row in rows), TWO_ROWS, TWO_VARS, w, threshold).item()
+
+
+@pytest.mark.parametrize("sigmas", ERFC)
+def test_p_is_the_two_sided_tail_probability(awac, sigmas):
+    assert degree(awac, [sigmas] * 2, [sigmas] * 2) == pytest.approx(ERFC[sigmas], abs=1e-11)
+
+
+def test_p_averages_dimensions_and_mixes_means_and_deviations_by_w(awac):
+    assert degree(awac, [0, 1], [0, 0], w=1.0) == pytest.approx((1 + ERFC[1]) / 2, abs=1e-11)
+    assert degree(awac, [0, 0], [2, 3], w=0.0) == pytest.approx((ERFC[2] + ERFC[3]) / 2, abs=1e-11)
+    assert degree(awac, [1, 1], [2, 2], w=0.25) == pytest.approx(0.25 * ERFC[1] + 0.75 * ERFC[2], abs=1e-11)
+    assert degree(awac, [0, 1], [2, 0], w=0.5) == pytest.approx(0.590702692940, abs=1e-11)
+
+
+def test_p_is_kept_at_the_threshold_and_0_below_it(awac):
+    assert degree(awac, [0, 0], [99, 99], threshold=0.5) == 0.5
+    assert degree(awac, [0, 0], [99, 99], threshold=math.nextafter(0.5, 1)) == 0.0
+
+
+def test_p_of_rows_does_not_depend_on_the_other_rows(awac):
+    coefficient, batch = make_coefficient(awac), make_batch(awac, 50)
+    coefficient.fit(make_batch(awac, 500, seed=1))
+    p = coefficient(batch.states, batch.actions)
+    one_by_one = [coefficient(s[None], a[None]).item() for s, a in zip(batch.states, batch.actions)]
+    assert p.tolist() == pytest.approx(one_by_one, abs=1e-5) and not p.requires_grad
+    assert ((p == 0) | ((p >= 0.3) & (p <= 1))).all() and 0 < (p > 0).sum() < 50
+
+
+def test_a_dimension_without_variance_gives_1_on_its_mean_and_0_off_it(awac):
+    mean, var = torch.zeros(2, 1), torch.zeros(2, 1)
+    x = torch.tensor([[0.0], [1e-3]])
+    assert awac.offline_degree(x, x, mean, var, 0.5, 0.6).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [("even", 0.5, 0.5), ("none", 0.0, 0.0), ("random", 0.0, 1.0)])
+def test_constant_coefficients_look_at_no_sample(awac, kind, low, high):
+    torch.manual_seed(0)
+    coefficient = awac.COEFFICIENTS[kind](awac.TrainConfig(coefficient=kind), OBS, ACT, "cpu")
+    p = coefficient(torch.randn(2000, OBS), torch.randn(2000, ACT))
+    assert p.shape == (2000,) and p.min() >= low and p.max() <= high and coefficient.fit_iterations == 0
+    if kind == "random":
+        assert torch.histc(p, 4, 0, 1).tolist() == pytest.approx([500] * 4, abs=80)
+    assert not coefficient.adaptive and not make_coefficient(awac, coefficient="static").adaptive
+    assert make_coefficient(awac).adaptive
+
+
+# --- Moments and selection
+@pytest.mark.parametrize(("n_1", "n_2"), [(7, 5), (1, 1), (1, 100), (100_000, 3)])
+def test_merged_moments_are_those_of_all_samples_together(awac, n_1, n_2):
+    random = np.random.default_rng(0)
+    first, second = random.normal(3.0, 2.0, (n_1, 2, 4)), random.normal(-1.0, 0.1, (n_2, 2, 4))
+    n, mean, var = awac.merge_moments(n_1, first.mean(0), first.var(0), n_2, second.mean(0), second.var(0))
+    union = np.concatenate([first, second])
+    assert n == n_1 + n_2
+    np.testing.assert_allclose(mean, union.mean(0), rtol=1e-10)
+    np.testing.assert_allclose(var, union.var(0), rtol=1e-10)
+
+
+def test_merging_into_no_rows_gives_the_new_rows_moments(awac):
+    assert awac.merge_moments(0, 5.0, 1.0, 4, 2.5, 0.75) == (4, 2.5, 0.75)
+
+
+@pytest.mark.parametrize(("n", "share", "expected"), [(40, 0.1, 4), (39, 0.1, 3), (9, 0.1, 1), (1, 0.1, 1), (5, 1, 5)])
+def test_mastered_rows_are_the_share_with_the_smallest_errors_and_at_least_one(awac, n, share, expected):
+    errors = np.random.default_rng(n).permutation(n) * 0.5
+    index = awac.select_mastered(torch.from_numpy(errors), share)
+    assert sorted(errors[index.numpy()]) == [0.5 * i for i in range(expected)]
+
+
+# --- C-VAE
+def numpy_mlp(network, x):
+    layers = [layer for layer in network if isinstance(layer, torch.nn.Linear)]
+    for i, layer in enumerate(layers):
+        x = x @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+        x = np.maximum(x, 0) if i + 1 < len(layers) else x
+    return x
+
+
+def numpy_encode(vae, batch):
+    outputs = numpy_mlp(vae.encoder, np.hstack([batch.states, batch.actions]).astype(np.float64))
+    return outputs[:, : 2 * ACT], np.exp(np.clip(outputs[:, 2 * ACT :], -4, 15))
+
+
+def constant_encoder(vae, mean, std):
+    for parameter in vae.encoder.parameters():
+        parameter.data.zero_()
+    vae.encoder[-1].bias.data.copy_(torch.tensor([mean] * (2 * ACT) + [math.log(std)] * (2 * ACT)))
+
+
+@pytest.mark.parametrize("simple", [False, True])
+def test_the_losses_are_the_means_of_squared_error_and_kl_in_numpy(awac, monkeypatch, simple):
+    torch.manual_seed(0)
+    vae, batch = awac.ConditionalVAE(OBS, ACT, 12, simple).double(), make_batch(awac, 6)
+    batch = awac.Batch(*(column.double() for column in batch))
+    vae.encoder[-1].bias.data[2 * ACT] = -9.0  # one log-std below its bound
+    noise = np.random.default_rng(3).normal(size=(6, 2 * ACT))
+    monkeypatch.setattr(torch, "randn_like", lambda like: torch.from_numpy(noise))
+    reconstruction, kl = vae.losses(batch)
+
+    mean, std = numpy_encode(vae, batch)
+    assert (std[:, 0] == np.exp(-4)).all()
+    decoded = numpy_mlp(vae.decoder, np.hstack([mean + std * noise, batch.states, batch.actions]))
+    assert reconstruction.item() == pytest.approx(np.mean((decoded - batch.next_states.numpy()) ** 2), rel=1e-10)
+    terms = [(v**2 + m**2 - 1 - np.log(v**2)) / 2 for m, v in zip(mean.ravel(), std.ravel())]
+    assert kl.item() == pytest.approx(sum(terms) / len(terms), rel=1e-10)
+
+
+@pytest.mark.parametrize(("mean", "std", "expected"), [(0.0, 1.0, 0.0), (1.0, 2.0, 2 - math.log(2)), (-2.0, 1.0, 2.0)])
+def test_kl_by_hand(awac, mean, std, expected):
+    vae = awac.ConditionalVAE(OBS, ACT, 12, False)
+    constant_encoder(vae, mean, std)
+    assert vae.losses(make_batch(awac, 6))[1].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_sizes_of_the_networks(awac):
+    def widths(network):
+        return [layer.in_features for layer in network if isinstance(layer, torch.nn.Linear)] + [
+            network[-1].out_features
+        ]
+
+    full, simple = (awac.ConditionalVAE(11, 3, 750, simple) for simple in (False, True))
+    assert widths(full.encoder) == widths(simple.encoder) == [14, 750, 750, 12]
+    assert widths(full.decoder) == [20, 750, 750, 11] and widths(simple.decoder) == [20, 250, 11]
+
+
+def test_a_fit_step_descends_on_reconstruction_plus_beta_kl(awac, monkeypatch):
+    coefficient, batch = make_coefficient(awac, vae_kl_target=0.0, vae_beta=0.7), make_batch(awac, 6)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    before = [parameter.detach().clone() for parameter in coefficient.vae.parameters()]
+    reconstruction, kl = coefficient.vae.losses(batch)
+    gradients = torch.autograd.grad(reconstruction + 0.7 * kl, [*coefficient.vae.parameters()])
+    metrics = coefficient.fit_step(batch, 0)
+    assert (metrics["vae_reconstruction"], metrics["vae_kl"]) == (reconstruction, kl)
+    for parameter, old, gradient in zip(coefficient.vae.parameters(), before, gradients):
+        torch.testing.assert_close(parameter, old - 1e-3 * gradient / (gradient.abs() + 1e-8), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kl", "shift"), [(0.0, -0.01), (0.01, -0.005), (0.02, 0.0), (0.03, 0.005), (40.0, 0.01)])
+def test_beta_rises_while_kl_is_above_its_target_and_falls_below(awac, kl, shift):
+    coefficient = make_coefficient(awac, vae_kl_target=0.02, vae_beta=0.5, vae_learning_rate=0.0)
+    constant_encoder(coefficient.vae, mean=math.sqrt(2 * kl), std=1.0)
+    assert coefficient.fit_step(make_batch(awac, 6), 0)["vae_beta"].item() == 0.5
+    assert coefficient.beta.item() == pytest.approx(0.5 * math.exp(shift), rel=1e-6)
+
+
+def test_the_controller_brings_the_kl_to_its_target(awac):
+    coefficient, batch = make_coefficient(awac, vae_kl_target=0.05, vae_learning_rate=3e-3), make_batch(awac, 256)
+    batch.next_states[:, 0] = torch.randn(256)
+    kl = [coefficient.fit_step(batch, step)["vae_kl"].item() for step in range(1500)]
+    assert np.mean(kl[-200:]) == pytest.approx(0.05, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("annealing", "schedule"), [(4, [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]), (0, [0.5] * 6), (1, [0.5] * 6)]
+)
+def test_without_a_target_beta_rises_linearly_and_stays(awac, annealing, schedule):
+    coefficient = make_coefficient(awac, vae_kl_target=0.0, vae_beta=0.5, vae_kl_annealing=annealing)
+    betas = [coefficient.fit_step(make_batch(awac, 6), step)["vae_beta"].item() for step in range(6)]
+    assert betas == schedule
+
+
+def test_a_posterior_that_stays_collapsed_is_reported_once(awac, capsys):
+    run = awac.Run.__new__(awac.Run)
+    run.config, run.metrics = awac.TrainConfig(log_frequency=1), SimpleNamespace(writerow=lambda row: None)
+    run.metrics_file, run.wandb, run.adapt_report = io.StringIO(), None, {}
+    run.collapsed = run.step = run.clock = run.clock_step = 0
+    bar, warnings = SimpleNamespace(total=99, update=lambda: None), []
+    for step, kl in enumerate([1e-6, 1e-6, 0.03, *[1e-6] * 9], start=1):
+        run.report("vae", step, {"vae_kl": torch.tensor(kl)}, bar)
+        if "collapsed" in "".join(capsys.readouterr()):
+            warnings.append(step)
+    assert warnings == [6]
+
+
+# --- Fit
+@pytest.mark.parametrize("n", [300, 8192, 20_000])
+def test_fit_takes_the_moments_of_all_rows_and_keeps_a_probe_of_them(awac, n):
+    coefficient, batch = make_coefficient(awac), make_batch(awac, n)
+    coefficient.fit(batch)
+    assert coefficient.count.item() == n
+    for i, outputs in enumerate(numpy_encode(coefficient.vae, batch)):
+        np.testing.assert_allclose(coefficient.mean[i], outputs.mean(0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(coefficient.var[i], outputs.var(0), rtol=1e-4)
+    rows = {row.tobytes() for row in np.hstack([batch.states, batch.actions])}
+    probe = {row.tobytes() for row in coefficient.probe.numpy()}
+    assert probe <= rows and len(probe) == min(n, 1000)
+
+
+# --- Adaptive update
+REPORT = {"mastered_rows", "adapt_accepted"} | {
+    f"p_{rows}_{when}" for rows in ("mastered", "known", "probe") for when in ("before", "after")
+}
+
+
+def adapted(awac, **values):
+    """Fit a coefficient, adapt it to rows that it did not know; returns it, both sets of rows, state before, report."""
+    coefficient, offline = make_coefficient(awac, **values), make_batch(awac, 600)
+    for step in range(50):
+        coefficient.fit_step(offline, step)
+    coefficient.fit(offline)
+    known = offline.select(coefficient(offline.states, offline.actions) > 0)
+    strange = make_batch(awac, 300, seed=1, shift=1.5)
+    mastered = strange.select(coefficient(strange.states, strange.actions) == 0)
+    assert min(len(known.p), len(mastered.p)) > 50
+    before = {name: value.clone() for name, value in coefficient.state_dict().items()}
+    torch.manual_seed(3)
+    return coefficient, mastered, known, before, coefficient.adapt(mastered, known)
+
+
+def test_an_update_that_makes_it_forget_is_undone_bit_for_bit(awac):
+    coefficient, mastered, _, before, report = adapted(awac, adapt_learning_rate=0.3, adapt_hold=0.0)
+    assert report["adapt_accepted"] == 0 and report["p_known_after"] < report["p_known_before"] - 0.02
+    assert report.keys() == REPORT and report["mastered_rows"] == len(mastered.p)
+    assert all(torch.equal(value, before[name]) for name, value in coefficient.state_dict().items())
+
+
+def test_an_accepted_update_changes_encoder_and_moments_and_reports_p_before_and_after(awac):
+    coefficient, mastered, known, before, report = adapted(awac, adapt_iterations=20)
+    assert report["adapt_accepted"] == 1 and report.keys() == REPORT
+    changed = {name for name, value in coefficient.state_dict().items() if not torch.equal(value, before[name])}
+    assert {"count", "mean", "var", "vae.encoder.0.weight"} <= changed and not changed & {"beta", "probe"}
+    assert coefficient.count.item() == 600 + len(mastered.p)
+    after = {"mastered": mastered, "known": known}
+    for name, rows in after.items():
+        p = coefficient(rows.states, rows.actions).mean().item()
+        assert report[f"p_{name}_after"] == pytest.approx(p, abs=1e-6)
+    assert report["p_mastered_before"] == 0 and report["p_known_before"] >= 0.3
+    assert report["p_probe_after"] == pytest.approx(coefficient(*coefficient.probe.split([OBS, ACT], 1)).mean().item())
+
+
+def test_without_a_gradient_step_the_mastered_rows_join_the_moments_with_the_offline_rows(awac):
+    coefficient, mastered, _, _, _ = adapted(awac, adapt_iterations=0, adapt_max_drop=1.0)
+    outputs = zip(*(numpy_encode(coefficient.vae, rows) for rows in (make_batch(awac, 600), mastered)))
+    for i, parts in enumerate(outputs):
+        np.testing.assert_allclose(coefficient.mean[i], np.concatenate(parts).mean(0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(coefficient.var[i], np.concatenate(parts).var(0), rtol=1e-4)
+
+
+def test_an_update_is_accepted_only_if_the_known_rows_lose_less_than_the_bound(awac):
+    _, _, _, _, report = adapted(awac, adapt_learning_rate=3e-3, adapt_hold=0.0, adapt_max_drop=1.0)
+    drop = report["p_known_before"] - report["p_known_after"]
+    assert report["adapt_accepted"] == 1 and drop > 0
+    for bound, accepted in ((drop * 1.0001, 1), (drop, 0), (drop * 0.9999, 0)):
+        again = adapted(awac, adapt_learning_rate=3e-3, adapt_hold=0.0, adapt_max_drop=bound)[-1]
+        assert again == report | {"adapt_accepted": accepted}
+
+
+def test_the_hold_keeps_what_is_known(awac):
+    def drop(hold):
+        report = adapted(awac, adapt_learning_rate=3e-3, adapt_hold=hold, adapt_max_drop=1.0)[-1]
+        return report["p_known_before"] - report["p_known_after"]
+
+    assert drop(1000.0) < drop(0.0)
+
+
+# --- The update within a run
+def fake_run(awac, period, n_rows, **values):
+    """A run after `n_rows` steps, ring of 60 rows: p = 0 in every third, Bellman error the row's number."""
+    config = awac.TrainConfig(coefficient_frequency=period, batch_size=5, buffer_size=60, **values)
+    buffer = awac.ReplayBuffer(60, OBS, ACT, "cpu")
+    for i in range(n_rows):
+        buffer.add(np.full(OBS, i), np.zeros(ACT), 0.0, np.zeros(OBS), False, 0.0 if i % 3 == 0 else 0.7)
+    calls = []
+    agent = SimpleNamespace(
+        bellman_errors=lambda batch: batch.states[:, 0],
+        freeze_critic=lambda refresh: calls.append(f"freeze {refresh}"),
+        start_period=lambda: calls.append("period"),
+    )
+
+    class Coefficient:
+        adaptive = config.coefficient == "vae"
+
+        def adapt(self, mastered, known):
+            self.mastered, self.known = mastered.states[:, 0].tolist(), known.states[:, 0].tolist()
+            return {"adapt_accepted": 1}
+
+        def __call__(self, states, actions):
+            return states[:, 0] / 1000
+
+    return SimpleNamespace(config=config, agent=agent, coefficient=Coefficient(), buffer=buffer), calls
+
+
+def test_the_update_learns_the_best_of_this_periods_unknown_rows_and_rewrites_p_of_the_whole_buffer(awac):
+    run, calls = fake_run(awac, period=30, n_rows=90, mastered_share=0.2)
+    assert awac.update_coefficient(run) == {"adapt_accepted": 1}
+    assert sorted(run.coefficient.mastered) == [60, 63]  # of 60, 63, ..., 87
+    assert sorted(run.coefficient.known) == [i for i in range(30, 90) if i % 3]
+    rows = run.buffer.stored()
+    torch.testing.assert_close(rows.p, rows.states[:, 0] / 1000)
+    assert calls == ["freeze True", "period"]
+
+
+@pytest.mark.parametrize(("period", "n_rows"), [(12, 60), (60, 6)])
+def test_with_less_than_a_batch_of_rows_the_coefficient_stays_and_a_line_says_so(awac, capsys, period, n_rows):
+    run, calls = fake_run(awac, period, n_rows)
+    p = run.buffer.stored().p.clone()
+    assert awac.update_coefficient(run) == {} and torch.equal(run.buffer.stored().p, p)
+    assert "not updated" in "".join(capsys.readouterr()) and calls == ["freeze True", "period"]
+
+
+@pytest.mark.parametrize("coefficient", ["static", "even", "none"])
+def test_other_coefficients_are_not_updated_and_the_refresh_can_be_off(awac, coefficient):
+    run, calls = fake_run(awac, 30, 90, coefficient=coefficient, refresh_offline_critic=False)
+    p = run.buffer.stored().p.clone()
+    assert awac.update_coefficient(run) == {} and torch.equal(run.buffer.stored().p, p)
+    assert calls == ["period"]
