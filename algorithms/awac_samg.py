@@ -133,7 +133,9 @@ def check_config(config: Any) -> None:
     if config.guidance_fade and not config.guidance_steps:
         raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
     if not 2 <= config.batch_size <= config.buffer_size:
-        raise ValueError(f"batch_size must lie between 2 and buffer_size {config.buffer_size}, it is {config.batch_size}")
+        raise ValueError(
+            f"batch_size must lie between 2 and buffer_size {config.buffer_size}, it is {config.batch_size}"
+        )
 
 
 def fail(message: str) -> NoReturn:
@@ -196,11 +198,9 @@ class Environment:
         self.episode_return, self.solved = 0.0, False
         if not self.old_api:
             return np.asarray(self.env.reset(seed=seed)[0], np.float32)
-        self.env.seed(seed)
-        inner = (
-            self.env.unwrapped
-        )  # antmaze: the seed stops at this wrapper, and the goal comes from numpy's own stream
-        getattr(inner, "_wrapped_env", inner).seed(seed)
+        # On antmaze the seed stops at a wrapper, and the goal comes from numpy's own stream.
+        for simulator in (self.env, getattr(self.env.unwrapped, "_wrapped_env", self.env)):
+            simulator.seed(seed)
         np.random.seed(seed)
         return np.asarray(self.env.reset(), np.float32)
 
