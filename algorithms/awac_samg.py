@@ -23,6 +23,7 @@ import copy
 import csv
 import difflib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -38,7 +39,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -133,9 +134,9 @@ def check_config(config: Any) -> None:
     if config.guidance_fade and not config.guidance_steps:
         raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
     if not 2 <= config.batch_size <= config.buffer_size:
-        raise ValueError(
-            f"batch_size must lie between 2 and buffer_size {config.buffer_size}, it is {config.batch_size}"
-        )
+        raise ValueError(f"batch_size {config.batch_size} must lie between 2 and buffer_size {config.buffer_size}")
+    if "/" in config.name:
+        raise ValueError(f"name must not hold a slash, it is {config.name!r}")
 
 
 def fail(message: str) -> NoReturn:
@@ -143,10 +144,19 @@ def fail(message: str) -> NoReturn:
     raise SystemExit("error: " + " ".join(message.split()))
 
 
+def read_bool(value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return str(value).lower() == "true"
+
+
 def parse_config(config_class: type, argv: list[str]) -> Any:
     """Read the command line and the YAML file that it names; any fault ends the program with one line."""
-    booleans = {"true": True, "false": False}  # pyrallis itself takes any other word for true
-    pyrallis.decode.register(bool, lambda value: booleans[str(value).lower()])
+    # pyrallis itself takes any other word for true, cuts 1.5 to 1, and makes an empty text "None".
+    readers = {bool: read_bool, int: lambda value: int(str(value)), str: lambda value: str(value or "")}
+    for kind, reader in readers.items():
+        pyrallis.decode.register(kind, reader)
+    inspect.getsource = cache(inspect.getsource)  # pyrallis calls it for each field: seconds, for a file of this length
     try:
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
             return pyrallis.parse(config_class=config_class, args=argv)
@@ -156,10 +166,11 @@ def parse_config(config_class: type, argv: list[str]) -> Any:
         text = stderr.getvalue().split("error: ")[-1]
     except Exception as error:  # pyrallis raises bare Exceptions for unknown keys; yaml and the file system their own
         text = "no 'field: value' lines in the YAML file" if "attribute 'items'" in str(error) else str(error)
-    names = [field.name for field in fields(config_class)]
-    words = [word for word in re.findall(r"\w+_\w+|\w{4,}", text) if word not in names]
-    near = [match for word in words for match in difflib.get_close_matches(word, names, n=1, cutoff=0.75)]
-    fail(f"configuration: {text}" + (f" (did you mean {near[0]}?)" if near else ""))
+    if "unrecognized" in text or "do not belong" in text:
+        names, unknown = [field.name for field in fields(config_class)], re.findall(r"--(\w+)|'(\w+)':", text)
+        near = [match for word in unknown for match in difflib.get_close_matches("".join(word), names, n=1)]
+        text += f" (did you mean {' or '.join(near)}?)" if near else " (--help lists the fields)"
+    fail(f"configuration: {text}")
 
 
 # --- Environment and data
@@ -186,7 +197,7 @@ class Environment:
         self.name, self.family, self.binary = name, name.split("-")[0].lower(), "-binary-" in name
         self.counts_success = self.binary or self.family == "antmaze"
         self.normalized = self.counts_success or self.family in REFERENCE_RETURNS
-        self.env, self.old_api = make_simulator(name.replace("binary-v0", "cloned-v1"), options)
+        self.env, self.old_api = make_simulator(name, options)
         states, actions = self.env.observation_space, self.env.action_space
         if len(states.shape or ()) != 1 or len(actions.shape or ()) != 1 or not actions.is_bounded():
             fail(f"{name} needs flat observations and bounded continuous actions, it has {states} and {actions}")
@@ -228,8 +239,9 @@ class Environment:
         return 100.0 * (self.episode_return - low) / (high - low)
 
 
-def make_simulator(env_id: str, options: dict[str, Any]) -> tuple[Any, bool]:
+def make_simulator(name: str, options: dict[str, Any]) -> tuple[Any, bool]:
     """The simulator of that name, from gym with d4rl (then True: the old interface) or from Gymnasium."""
+    env_id = name.replace("binary-v0", "cloned-v1")
     try:
         if all(importlib.util.find_spec(module) for module in ("gym", "d4rl")):
             os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
@@ -253,7 +265,7 @@ def make_simulator(env_id: str, options: dict[str, Any]) -> tuple[Any, bool]:
             warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
             return gymnasium.make(env_id, **options), False
     except Exception as error:
-        fail(f"cannot make the environment {env_id!r}: {error}")
+        fail(f"cannot make the environment {name!r}: {error}")
 
 
 def dataset_address(env: str) -> str:
@@ -308,10 +320,14 @@ def load_dataset(path: Path, env: Environment) -> tuple[np.ndarray, np.ndarray]:
         with h5py.File(path) as file:
             if missing := sorted(widths.keys() - file.keys() - {"next_observations"}):
                 fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}")
-            data = {key: file[key][()] for key in widths if key in file}
+            for key in widths.keys() & file.keys():
+                if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
+                    fail(f"{path}: {key} is not an array of numbers")
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is reported below
+                data = {key: file[key][()].astype(np.float32, copy=False) for key in widths if key in file}
     except OSError as error:
         fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({error})")
-    if not (n := len(data["rewards"])):
+    if not (n := data["rewards"].size):
         fail(f"{path} is empty")
     for key, array in data.items():
         if array.shape != (n, *widths[key]):
@@ -616,7 +632,7 @@ class AWAC(nn.Module):
     def act(self, observation: np.ndarray, deterministic: bool) -> np.ndarray:
         """The policy's action, (act_dim,) in the environment's units, for a raw observation (obs_dim,)."""
         policy = self.actor(self.normalize(torch.from_numpy(observation).to(self.obs_mean.device))[None])
-        action = policy.mean if deterministic else policy.sample()
+        action = policy.mean if deterministic else policy.rsample()
         return action.clamp(self.action_low, self.action_high)[0].cpu().numpy()
 
     def update(self, batch: Batch, guided: bool) -> dict[str, torch.Tensor]:
@@ -626,7 +642,7 @@ class AWAC(nn.Module):
 
         # --- Target, Eq. (1)
         with torch.no_grad():
-            next_actions = self.actor(next_states).sample().clamp(self.action_low, self.action_high)
+            next_actions = self.actor(next_states).rsample().clamp(self.action_low, self.action_high)
             q_next = self.target_critic(next_states, next_actions).amin(0)
             if guided:
                 p = self.guidance_weight * batch.p
@@ -644,7 +660,7 @@ class AWAC(nn.Module):
         # --- Actor: log-likelihood of the data's actions, weighted by exp(advantage / lambda)
         policy = self.actor(states)
         with torch.no_grad():
-            pi_actions = policy.sample().clamp(self.action_low, self.action_high)
+            pi_actions = policy.rsample().clamp(self.action_low, self.action_high)
             both = self.critic(torch.cat([states, states]), torch.cat([batch.actions, pi_actions])).amin(0)
             advantage = torch.sub(*both.chunk(2))
             weights = (advantage / self.config.awac_lambda).exp().clamp_max(self.config.exp_adv_max)
@@ -725,7 +741,7 @@ def load_checkpoint(path: Path, algorithm: type) -> dict[str, Any]:
     """Read a checkpoint of this algorithm: tensors and plain Python values only."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        found = checkpoint["algorithm"]
+        found = checkpoint["algorithm"] if isinstance(checkpoint, dict) else "something else"
     except Exception as error:
         fail(f"cannot read the checkpoint {path}: {str(error)[:200]}")
     return checkpoint if found == algorithm.ALGORITHM else fail(f"{path} is of {found}, not of {algorithm.ALGORITHM}")
@@ -833,6 +849,8 @@ class Run:
     def open_log(self) -> None:
         """Write config.yaml if new, and open metrics.csv, cut back to where the checkpoint saw it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.config.wandb:
+            self.wandb = start_wandb(self.config, self.folder, self.algorithm.ALGORITHM)
         if not (self.folder / "config.yaml").exists():
             pyrallis.dump(self.config, stream := io.StringIO())
             write_whole(self.folder / "config.yaml", stream.getvalue().encode())
@@ -842,8 +860,6 @@ class Run:
         self.metrics = csv.DictWriter(self.metrics_file, columns, restval="")
         if not self.metrics_size:
             self.metrics.writeheader()
-        if self.config.wandb:
-            self.wandb = start_wandb(self.config, self.folder, self.algorithm.ALGORITHM)
         self.saved_step = self.step
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.request_stop)
@@ -857,7 +873,7 @@ class Run:
     def save(self, name: str = "checkpoint.pt") -> None:
         for key, value in self.agent.state_dict().items():
             if not torch.isfinite(value).all():
-                fail(f"{key} is not finite at step {self.step}: the run has diverged; the checkpoint before it is kept")
+                fail(f"{key} is not finite at step {self.step}, the run has diverged: try a smaller learning rate")
         self.metrics_size, self.saved_step = self.metrics_file.tell(), self.step
         self.peak_memory_mb = max(self.peak_memory_mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         os.fsync(self.metrics_file.fileno())
@@ -922,8 +938,8 @@ class Run:
         scores |= {"switch_drop": offline[-1] - min(early), "regret": 1 - np.mean(online) / unit}
         scores |= {"train_return": train[2], "train_regret": 1 - train[1] / unit}
         summary = {name: float(score) if math.isfinite(score) else None for name, score in scores.items()}
-        summary |= {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb, "device": self.device}
-        summary |= {"algorithm": self.algorithm.ALGORITHM} | asdict(self.config)
+        summary |= {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+        summary |= asdict(self.config) | {"algorithm": self.algorithm.ALGORITHM, "device": self.device}
         if "cuda" in self.device:
             summary["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
         write_whole(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
@@ -942,7 +958,8 @@ def start_wandb(config: Any, folder: Path, algorithm: str) -> Any:
     try:
         import wandb
 
-        return wandb.init(project=config.project, group=group, name=name, id=key, dir=folder, config=asdict(config))
+        names = {"project": config.project, "group": group, "name": name, "id": key}
+        return wandb.init(**names, resume="allow", dir=folder, config=asdict(config))
     except Exception as error:
         fail(f"wandb: {str(error)[:200]}; run `wandb login`, or set WANDB_MODE=offline, or leave out --wandb true")
 
@@ -1028,15 +1045,17 @@ def train(config: Any, algorithm: type) -> None:
     """A whole run, or the rest of one."""
     torch.set_num_threads(config.threads)
     run = Run(config, algorithm)
-    source = run.folder / "checkpoint.pt" if config.resume else Path(config.offline_checkpoint)
     if not config.resume and (run.folder / "config.yaml").exists():
         fail(f"{run.folder} holds a run already: --resume it, choose another --name or --seed, or remove it")
-    if source.is_file() or (config.offline_checkpoint and not config.resume):
+    last = run.folder / "checkpoint.pt"
+    resumes = bool(config.resume) and last.is_file()  # a run stopped before its first checkpoint starts again
+    if resumes or config.offline_checkpoint:
+        source = last if resumes else Path(config.offline_checkpoint)
         try:
-            run.load_state_dict(load_checkpoint(source, algorithm), whole=bool(config.resume))
+            run.load_state_dict(load_checkpoint(source, algorithm), whole=resumes)
         except (RuntimeError, ValueError, KeyError) as error:
             fail(f"{source} does not fit this run: {str(error)[:300]}")
-    else:  # a new run, or one that was stopped before its first checkpoint
+    else:
         run.load_dataset()
     run.open_log()
     tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s)")

@@ -1,4 +1,6 @@
+import functools
 import importlib.util
+import inspect
 import signal
 import sys
 import warnings
@@ -82,4 +84,6 @@ def call(awac):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    return call
+    with pytest.MonkeyPatch.context() as patch:  # pyrallis parses the whole file once for every field's help text
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        yield call

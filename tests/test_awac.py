@@ -40,7 +40,7 @@ def noise(monkeypatch):
     draws = np.random.default_rng(2).normal(size=(2, ROWS, 2))
     turns = itertools.cycle(torch.from_numpy(draws))
     monkeypatch.setattr(
-        torch.distributions.Normal, "sample", lambda self: self.loc + self.scale * next(turns)[: len(self.loc)]
+        torch.distributions.Normal, "rsample", lambda self: self.loc + self.scale * next(turns)[: len(self.loc)]
     )
     return draws
 

@@ -1,4 +1,4 @@
-"""Every file in configs/ loads, names a task of its own, and holds what CORL publishes or what the README lists as ours."""
+"""Every file in configs/ loads, names its own task, and holds what CORL publishes or what the README lists as ours."""
 
 import pytest
 import yaml

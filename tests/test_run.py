@@ -1,0 +1,441 @@
+"""Whole runs of the command line: files, log, equality of resumed runs, offline checkpoints and arms."""
+
+import ast
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, options, roll_out, write_dataset
+
+SCRIPT = ROOT / "algorithms" / "awac_samg.py"
+TINY = {
+    **{"hidden_dim": 32, "vae_hidden_dim": 32, "batch_size": 32, "warmup_steps": 100, "buffer_size": 1000},
+    **{"offline_iterations": 200, "vae_iterations": 150, "online_iterations": 500, "adapt_iterations": 20},
+    **{"coefficient_frequency": 200, "eval_frequency": 200, "log_frequency": 20, "checkpoint_frequency": 50},
+    **{"n_test_episodes": 2, "device": "cpu"},
+}
+SWITCH = TINY["offline_iterations"] + TINY["vae_iterations"]
+SHORT = {"online_iterations": 160, "warmup_steps": 40, "coefficient_frequency": 80, "eval_frequency": 80}
+
+
+# --- Helpers
+def command(*words, **settings):
+    return [sys.executable, *map(str, words), *options(settings)]
+
+
+def rows(folder, phase=None):
+    """metrics.csv without its one column of timings."""
+    with open(folder / "metrics.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    for row in found:
+        del row["steps_per_second"]
+    return [row for row in found if phase in (None, row["phase"])]
+
+
+def numbers(folder, phase, column):
+    return [float(row[column]) for row in rows(folder, phase) if row[column]]
+
+
+def checkpoint(folder, name="checkpoint.pt"):
+    return torch.load(folder / name, map_location="cpu", weights_only=True)
+
+
+def assert_equal(a, b, where=""):
+    """Of nested dicts and lists of tensors and numbers, to the last bit."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_equal(*pair, f"{where}/{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_run(folder, other):
+    """Two runs have the same log and the same last checkpoint, but for timings and places."""
+    assert rows(folder) == rows(other)
+    states = checkpoint(folder), checkpoint(other)
+    for state in states:
+        del state["config"]
+        for name in ("seconds", "peak_memory_mb", "metrics_size"):
+            del state["progress"][name]
+    assert_equal(*states)
+
+
+def only_folder(runs_dir):
+    """The folder of the one run below runs_dir."""
+    return next(runs_dir.rglob("metrics.csv")).parent
+
+
+# --- Runs that several tests look at
+@pytest.fixture(scope="module")
+def finished(hopper_file, tmp_path_factory):
+    """A whole run in a process of its own, from a YAML file with one setting overridden on the command line."""
+    tmp = tmp_path_factory.mktemp("finished")
+    settings = TINY | {"env": "Hopper-v4", "dataset": str(hopper_file), "seed": 5}
+    (tmp / "tiny.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    words = command(SCRIPT, "--config", tmp / "tiny.yaml", seed=0, runs_dir=tmp / "runs")
+    process = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    return SimpleNamespace(process=process, folder=tmp / "runs" / "Hopper-v4" / "awac-samg-seed0", tmp=tmp)
+
+
+MOMENTS = {("offline", 130), ("vae", 130), ("online", 70), ("online", 430)}  # none is that of a checkpoint
+
+
+@pytest.fixture(scope="module")
+def snapshots(awac, call, hopper_file, tmp_path_factory):
+    """The same run in this process, with copies of its folder as a kill at each of MOMENTS would have left it."""
+    tmp, report = tmp_path_factory.mktemp("snapshots"), awac.Run.report
+
+    def report_and_copy(run, phase, step, *rest):
+        report(run, phase, step, *rest)
+        if (phase, step) in MOMENTS:
+            shutil.copytree(run.folder, tmp / f"{phase}{step}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(awac.Run, "report", report_and_copy)
+        call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp / "runs", **TINY)
+    return tmp
+
+
+@pytest.fixture(scope="module")
+def stopped(hopper_file, tmp_path_factory):
+    """Three runs, each stopped online after the coefficient's first update by a signal of its own."""
+    tmp, processes, outputs = tmp_path_factory.mktemp("stopped"), {}, {}
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        words = command(SCRIPT, env="Hopper-v4", dataset=hopper_file, runs_dir=tmp / number.name, **TINY)
+        processes[number] = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    waiting, end = dict(processes), time.monotonic() + 120
+    while waiting and time.monotonic() < end:
+        for number, process in list(waiting.items()):
+            log = list((tmp / number.name).rglob("metrics.csv"))
+            if log and "\n260,online" in log[0].read_text():
+                process.send_signal(number)
+                del waiting[number]
+        time.sleep(0.02)
+    for number, process in processes.items():
+        outputs[number] = process.communicate(timeout=60)[1]
+    folders = {number: only_folder(tmp / number.name) for number in processes}
+    codes = {number: process.returncode for number, process in processes.items()}
+    return SimpleNamespace(folders=folders, codes=codes, stderr=outputs)
+
+
+def start_online(call, source, runs_dir, **settings):
+    """An online phase from an offline checkpoint; returns its folder."""
+    call(env="Hopper-v4", offline_checkpoint=source, runs_dir=runs_dir, **(TINY | settings))
+    return only_folder(runs_dir)
+
+
+# --- One run from end to end
+def test_run_ends_with_a_table(finished):
+    assert finished.process.returncode == 0, finished.process.stderr
+    assert "Traceback" not in finished.process.stderr and "Warning" not in finished.process.stderr
+    for name in ("offline_score", "final_score", "regret"):
+        assert re.search(rf"^ +{name} +-?\d+\.\d+$", finished.process.stdout, re.MULTILINE), finished.process.stdout
+
+
+def test_config_gives_the_same_configuration(finished, awac, hopper_file):
+    config = awac.parse_config(awac.TrainConfig, ["--config", str(finished.folder / "config.yaml")])
+    settings = TINY | {"env": "Hopper-v4", "dataset": str(hopper_file), "seed": 0, "name": "awac-samg"}
+    assert config == awac.TrainConfig(**settings, runs_dir=str(finished.tmp / "runs"))
+
+
+def test_metrics_have_every_phase_and_column(finished):
+    folder = finished.folder
+    steps = [(row["phase"], int(row["step"])) for row in rows(folder)]
+    ends = (("offline", 200), ("vae", 150), ("online", 500))
+    log = {(phase, step) for phase, end in ends for step in {*range(20, end + 1, 20), end}}
+    assert set(steps) == log and len(steps) == len(log)
+    assert [phase for phase, _ in steps] == ["offline"] * 10 + ["vae"] * 8 + ["online"] * 25
+    assert len(numbers(folder, "offline", "score")) == 1 and len(numbers(folder, "online", "score")) == 3
+    for column in ("p_mean", "p_share", "p_q10", "p_q50", "p_q90", "guidance_weight"):
+        values = numbers(folder, "online", column)
+        assert len(values) == 25 and all(0 <= value <= 1 for value in values), column
+    assert 0 < numbers(folder, "online", "p_mean")[-1] < numbers(folder, "online", "p_share")[-1] < 1
+    assert len(numbers(folder, "online", "r_in_mean")) == 20  # from the warm-up's end on
+    assert any(numbers(folder, "online", "r_in_mean"))
+    assert numbers(folder, "vae", "vae_reconstruction")[-1] < numbers(folder, "vae", "vae_reconstruction")[0]
+    assert all(value > 0 for value in numbers(folder, "vae", "vae_kl"))
+    with open(folder / "metrics.csv", newline="") as file:
+        assert all(float(row["steps_per_second"]) > 0 for row in csv.DictReader(file))
+    assert not any(value in ("nan", "inf", "-inf") for row in rows(folder) for value in row.values())
+
+
+def test_summary_follows_from_the_metrics(finished):
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    offline, online = (numbers(finished.folder, phase, "score") for phase in ("offline", "online"))
+    assert summary["offline_score"] == offline[-1]
+    assert summary["final_score"] == online[-1]
+    assert summary["best_score"] == max(online)
+    assert summary["switch_drop"] == pytest.approx(offline[-1] - min(online))
+    assert summary["regret"] == pytest.approx(1 - np.mean(online) / 100)
+    low, high = min(numbers(finished.folder, "online", "train_return")), summary["best_score"] * 33 + 100
+    assert low <= summary["train_return"] <= high
+    assert summary["seconds"].keys() == {"vae", "offline", "environment", "online", "evaluation"}
+    assert all(value > 0 for value in summary["seconds"].values())
+    assert 50 < summary["peak_memory_mb"] < 20_000
+    assert summary["seed"] == 0 and summary["device"] == "cpu"
+
+
+def test_checkpoints_hold_tensors_and_plain_values(finished):
+    last, offline = checkpoint(finished.folder), checkpoint(finished.folder, "offline_checkpoint.pt")
+    assert last["progress"]["step"] == SWITCH + TINY["online_iterations"] and len(last["buffer"]["rows"]) == 500
+    assert offline["progress"]["step"] == SWITCH and offline["buffer"] is None
+    assert last["algorithm"] == offline["algorithm"] == "awac_samg"
+
+
+def test_eval_only_repeats_the_last_evaluation(finished, call, capsys):
+    call(eval_only=finished.folder / "checkpoint.pt", n_test_episodes=TINY["n_test_episodes"])
+    result = json.loads(re.search(r"\{.*\}", capsys.readouterr().out)[0])
+    last = rows(finished.folder, "online")[-1]
+    assert result == {"score": float(last["score"]), "return": float(last["return"])}
+
+
+# --- Seeds, stops and resumes
+def test_same_seed_gives_the_same_run(finished, snapshots):
+    assert_same_run(only_folder(snapshots / "runs"), finished.folder)
+
+
+def test_another_seed_gives_another_run(finished, call, hopper_file, tmp_path):
+    short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 20, "seed": 1}
+    call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path, **(TINY | short))
+    for phase in ("offline", "vae", "online"):
+        assert rows(only_folder(tmp_path), phase)[0] != rows(finished.folder, phase)[0]
+
+
+@pytest.mark.parametrize("moment", ["offline130", "vae130", "online70", "online430"])
+def test_resumed_run_equals_the_uninterrupted_one(moment, finished, snapshots, call, tmp_path):
+    folder = shutil.copytree(snapshots / moment, tmp_path / "moved")  # so this is a moved folder, too
+    assert len(rows(folder)) < len(rows(finished.folder)) and not (folder / "summary.json").exists()
+    call("--resume", folder)
+    assert_same_run(folder, finished.folder)
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_run_resumes(number, stopped, finished, call):
+    folder, lines = stopped.folders[number], stopped.stderr[number].splitlines()
+    assert stopped.codes[number] == (-number if number == signal.SIGKILL else 128 + number), lines
+    assert "Traceback" not in stopped.stderr[number]
+    if number != signal.SIGKILL:
+        assert [line for line in lines if line.startswith("saved; to go on") and f"--resume {folder}" in line]
+        assert checkpoint(folder)["progress"]["step"] > SWITCH + 260
+    assert not list(folder.glob("*.part")) and len(rows(folder, "online")) < 25
+    call("--resume", folder)
+    assert_same_run(folder, finished.folder)
+
+
+def test_resuming_a_finished_run_does_no_harm(finished, call, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "again")
+    call("--resume", folder)
+    assert (folder / "metrics.csv").read_bytes() == (finished.folder / "metrics.csv").read_bytes()
+    assert_same_run(folder, finished.folder)
+    before, after = (json.loads((path / "summary.json").read_text()) for path in (finished.folder, folder))
+    assert {name: after[name] for name in before if "score" in name or "train" in name} == {
+        name: before[name] for name in before if "score" in name or "train" in name
+    }
+
+
+def test_run_stopped_before_its_first_checkpoint_starts_again(call, awac, finished, hopper_file, tmp_path):
+    def stop(run, phase, step, *rest):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(awac.Run, "report", stop)
+        call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path, **TINY)
+    call("--resume", only_folder(tmp_path))
+    assert_same_run(only_folder(tmp_path), finished.folder)
+
+
+# --- The online phase from an offline checkpoint
+def test_online_phase_from_the_offline_checkpoint_is_the_same(finished, call, tmp_path):
+    folder = start_online(call, finished.folder / "offline_checkpoint.pt", tmp_path, dataset="gone.hdf5")
+    assert rows(folder) == rows(finished.folder, "online")  # and SAMG's needs no data set
+    states = [checkpoint(path) for path in (folder, finished.folder)]
+    for name in ("agent", "coefficient", "buffer", "random_cpu"):
+        assert_equal(states[0][name], states[1][name], name)
+    summaries = [json.loads((path / "summary.json").read_text()) for path in (folder, finished.folder)]
+    for name in ("offline_score", "final_score", "switch_drop", "regret", "train_return"):
+        assert summaries[0][name] == summaries[1][name]
+
+
+@pytest.fixture(scope="module")
+def arms(finished, hopper_file, call, tmp_path_factory):
+    """One short online phase for each arm, all from one offline checkpoint."""
+    settings = {coefficient: {"coefficient": coefficient} for coefficient in ("static", "even", "random", "none")}
+    settings["corl"] = {"samg": "false", "keep_offline_data": "true", "dataset": hopper_file}
+    settings["online only"] = {"samg": "false", "keep_offline_data": "false"}
+    tmp, source = tmp_path_factory.mktemp("arms"), finished.folder / "offline_checkpoint.pt"
+    return {arm: start_online(call, source, tmp / arm, **(SHORT | given)) for arm, given in settings.items()}
+
+
+@pytest.mark.parametrize("arm", ["static", "even", "random", "none", "corl", "online only"])
+def test_arms_run_from_one_offline_checkpoint(arm, arms):
+    assert len(rows(arms[arm])) == len(rows(arms[arm], "online")) == 8
+    assert json.loads((arms[arm] / "summary.json").read_text())["final_score"] is not None
+    p_mean = numbers(arms[arm], "online", "p_mean")[-1]
+    low, high = {"static": (0.01, 0.5), "even": (0.5, 0.5), "random": (0.4, 0.6)}.get(arm, (0, 0))
+    assert low <= p_mean <= high
+    assert not numbers(arms[arm], "online", "mastered_rows")
+    n_rows, width = checkpoint(arms[arm])["buffer"]["rows"].shape
+    assert (n_rows, width) == (160, 2 * 11 + 3 + 3)  # the online rows alone: offline ones are not stored twice
+    if arm == "corl":
+        assert numbers(arms[arm], "online", "critic_loss")[0]  # no warm-up
+
+
+def test_no_guidance_is_plain_fine_tuning_on_online_data(arms):
+    unguided, plain = rows(arms["none"]), rows(arms["online only"])
+    for column in unguided[0].keys() - {"r_in_mean", "r_in_std"}:
+        assert [row[column] for row in unguided] == [row[column] for row in plain], column
+    assert not any(numbers(arms["none"], "online", "r_in_mean"))
+
+
+@pytest.fixture(scope="module")
+def without_coefficient(call, hopper_file, tmp_path_factory):
+    """The offline checkpoint of a run without a C-VAE."""
+    tmp = tmp_path_factory.mktemp("plain")
+    short = {"offline_iterations": 60, "online_iterations": 0, "samg": "false"}
+    call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp, **(TINY | short))
+    return only_folder(tmp) / "offline_checkpoint.pt"
+
+
+def test_checkpoint_without_coefficient_gets_one_fitted_first(without_coefficient, call, hopper_file, tmp_path):
+    folder = start_online(call, without_coefficient, tmp_path, **(SHORT | {"dataset": hopper_file}))
+    assert [row["phase"] for row in rows(folder)] == ["vae"] * 8 + ["online"] * 8
+    assert numbers(folder, "online", "p_mean")[-1] > 0
+    assert checkpoint(folder)["coefficient"]["count"] >= 1500
+
+
+def test_run_from_a_checkpoint_stopped_at_once_resumes(without_coefficient, call, awac, hopper_file, tmp_path):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    settings = SHORT | {"dataset": hopper_file, "online_iterations": 20}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(awac.Run, "report", stop)  # in the C-VAE's first step, before any checkpoint
+        start_online(call, without_coefficient, tmp_path, **settings)
+    call("--resume", only_folder(tmp_path))
+    assert {row["phase"] for row in rows(only_folder(tmp_path))} == {"vae", "online"}  # not the offline phase again
+
+
+# --- Other tasks and places
+def test_any_gymnasium_task(call, capsys, tmp_path):
+    data = write_dataset(tmp_path / "pendulum.hdf5", roll_out("Pendulum-v1", 600))
+    short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 80, "device": "auto"}
+    call(env="Pendulum-v1", dataset=data, runs_dir=tmp_path, **(TINY | SHORT | short))
+    folder = only_folder(tmp_path)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["regret"] is None and summary["final_score"] < -100
+    assert summary["device"] in ("cpu", "cuda:0")  # the one that auto took
+    assert all(row["score"] == row["return"] for row in rows(folder))
+    assert re.search(r"regret +nan", capsys.readouterr().out)
+
+
+def test_file_works_copied_alone(hopper_file, tmp_path):
+    shutil.copy(SCRIPT, tmp_path)
+    short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 40}
+    words = command("-I", SCRIPT.name, env="Hopper-v4", dataset=hopper_file, **(TINY | SHORT | short))
+    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "runs" / "Hopper-v4" / "awac-samg-seed0" / "summary.json").is_file()
+
+
+def declared_pins():
+    """The PEP 723 block's dependencies, such as "torch==2.13.0"."""
+    block = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)[1]
+    return tomllib.loads(re.sub("^# ?", "", block, flags=re.MULTILINE))["dependencies"]
+
+
+def test_file_imports_only_what_it_declares():
+    declared = {re.match(r"[\w-]+", pin)[0] for pin in declared_pins()}
+    optional = {"gym", "d4rl", "d4rl_envs"}
+    tree = ast.parse(SCRIPT.read_text())
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        assert not getattr(node, "level", 0), "a relative import"
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
+        for name in (name.split(".")[0] for name in names):
+            allowed = declared | set(sys.stdlib_module_names) | (set() if node in tree.body else optional)
+            assert name in allowed, name
+
+
+def test_pins_equal_the_requirements():
+    requirements = ROOT / "requirements.txt"
+    if not requirements.exists():
+        pytest.skip("no requirements.txt yet")
+    lines = (line.split("#")[0].strip() for line in requirements.read_text().splitlines())
+    assert set(declared_pins()) <= {line for line in lines if line}
+
+
+def test_wandb_offline(hopper_file, tmp_path):
+    short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 40, "wandb": "true"}
+    words = command(SCRIPT, env="Hopper-v4", dataset=hopper_file, **(TINY | SHORT | short))
+    environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    process = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert list(tmp_path.glob("runs/Hopper-v4/awac-samg-seed0/wandb/offline-run-*/*.wandb"))
+
+
+# --- On a GPU
+cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+on_cuda = lambda test: cuda[0](cuda[1](test))  # noqa: E731
+
+
+@on_cuda
+def test_update_on_the_gpu_equals_that_on_the_cpu(awac, monkeypatch):
+    monkeypatch.setattr(torch.distributions.Normal, "sample", lambda policy: policy.mean)  # no noise
+    bound = np.ones(3, np.float32)
+    env = SimpleNamespace(obs_dim=11, act_dim=3, action_low=-bound, action_high=bound)
+    torch.manual_seed(0)
+    on_cpu = awac.AWAC(awac.TrainConfig(hidden_dim=32), env, "cpu")
+    on_gpu = awac.AWAC(awac.TrainConfig(hidden_dim=32), env, "cuda")
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    for agent in (on_cpu, on_gpu):  # Adam's first step takes the sign of a gradient, however small: plain descent
+        parts = {"actor": agent.actor, "critic": agent.critic}
+        agent.optimizers = {name: torch.optim.SGD(part.parameters(), 1e-2) for name, part in parts.items()}
+    batch = awac.Batch(*(torch.rand(shape) for shape in ((64, 11), (64, 3), (64,), (64, 11), (64,), (64,))))
+    results = on_cpu.update(batch, True), on_gpu.update(awac.Batch(*(column.cuda() for column in batch)), True)
+    for name, value in results[0].items():
+        assert results[1][name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    for name, value in on_cpu.state_dict().items():
+        torch.testing.assert_close(on_gpu.state_dict()[name].cpu(), value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@on_cuda
+def test_resume_on_the_gpu(awac, call, hopper_file, tmp_path):
+    settings = TINY | SHORT | {"device": "auto"}
+    report = awac.Run.report
+
+    def report_and_copy(run, phase, step, *rest):
+        report(run, phase, step, *rest)
+        if (phase, step) == ("online", 120):
+            shutil.copytree(run.folder, tmp_path / "copy")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(awac.Run, "report", report_and_copy)
+        call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path / "runs", **settings)
+    call("--resume", tmp_path / "copy")
+    assert_same_run(tmp_path / "copy", only_folder(tmp_path / "runs"))
+    assert checkpoint(tmp_path / "copy")["random_cuda"] is not None
+
+
+@on_cuda
+def test_auto_takes_the_gpu(awac):
+    assert awac.choose_device("auto").startswith("cuda")
