@@ -113,6 +113,10 @@ class TrainConfig:
     exp_adv_max: float = 100.0  # upper bound of the advantage weights
     normalize: bool = True  # observations to zero mean and unit variance of the offline data
     normalize_reward: bool = False  # locomotion: scale to the range of returns; antmaze: minus 1
+    reward_scale: float = 1.0  # rewards enter the buffers as reward_scale * r + reward_bias, r normalised or not
+    reward_bias: float = 0.0  # on antmaze it replaces normalize_reward's minus 1
+
+    SIGNED = ("reward_bias",)  # the fields that may be negative or infinite
 
     def __post_init__(self) -> None:
         arm = "-samg" + ("" if self.coefficient == "vae" else f"-{self.coefficient}")
@@ -125,7 +129,8 @@ def check_config(config: Any) -> None:
     at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations")
     shares = ("p_threshold", "vae_mean_weight", "mastered_share", "gamma", "tau")
     for name, value in asdict(config).items():
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+        finite = not isinstance(value, (int, float)) or 0 <= value < math.inf
+        if not (value == value if name in config.SIGNED else finite):
             raise ValueError(f"{name} must be finite and not negative, it is {value}")
         if (value == 0 and (name in at_least_1 or name.endswith("_frequency"))) or (name in shares and value > 1):
             raise ValueError(f"{name} must be {'at most' if value else 'at least'} 1, it is {value}")
@@ -310,7 +315,7 @@ def find_dataset(env: str, dataset: str) -> Path:
 def load_dataset(path: Path, env: Environment) -> tuple[np.ndarray, np.ndarray]:
     """Read a data set in D4RL's raw HDF5 layout; a file that does not fit ends the program.
 
-    Returns the transitions as rows [s | a | r | s' | d | 0], (n, 2 obs_dim + act_dim + 3) float32, and the complete
+    Returns the transitions as rows [s | a | r | s' | d | 0 | 0], (n, 2 obs_dim + act_dim + 4) float32, and the complete
     episodes' returns. A timeout is no terminal. In a file without next_observations the next row is the successor; then
     a timeout's row has none and is dropped, as is a last row that ends no episode.
     """
@@ -347,17 +352,18 @@ def load_dataset(path: Path, env: Environment) -> tuple[np.ndarray, np.ndarray]:
     if not keep.any():
         fail(f"{path} has no transition whose next observation is known")
     order = ("observations", "actions", "rewards", "next_observations", "terminals")
-    columns = [*(data[key].reshape(n, -1) for key in order), np.zeros((n, 1))]
+    columns = [*(data[key].reshape(n, -1) for key in order), np.zeros((n, 2))]
     return np.concatenate(columns, axis=1, dtype=np.float32)[keep], returns
 
 
-def reward_transform(env: Environment, episode_returns: np.ndarray, normalize_reward: bool) -> tuple[float, float]:
+def reward_transform(env: Environment, episode_returns: np.ndarray, config: Any) -> tuple[float, float]:
     """CORL's reward normalisation as (scale, bias): rewards enter the buffers as scale * r + bias."""
-    if not normalize_reward or env.family == "antmaze":
-        return 1.0, -1.0 if normalize_reward else 0.0
+    if not config.normalize_reward or env.family == "antmaze":
+        return config.reward_scale, config.reward_bias or (-1.0 if config.normalize_reward else 0.0)
     if env.family not in LOCOMOTION or len(episode_returns) < 2 or np.ptp(episode_returns) == 0:
         fail(f"{env.name}: normalize_reward needs antmaze, or locomotion with complete episodes of different returns")
-    return env.env.spec.max_episode_steps / float(np.ptp(episode_returns)), 0.0
+    scale = env.env.spec.max_episode_steps / float(np.ptp(episode_returns))
+    return scale * config.reward_scale, config.reward_bias
 
 
 # --- Replay buffer
@@ -368,16 +374,17 @@ class Batch(NamedTuple):
     next_states: torch.Tensor  # (n, obs_dim)
     dones: torch.Tensor  # 1 only for true terminals, never for a time limit
     p: torch.Tensor  # the coefficient p(s, a), computed once, when the row enters
+    extra: torch.Tensor  # what the algorithm keeps with a row: IQL V_off(s'), Cal-QL the return from here, others 0
 
     def select(self, index: torch.Tensor) -> "Batch":
         return Batch(*(column[index] for column in self))
 
 
 class ReplayBuffer:
-    """A ring of packed rows [s | a | r | s' | d | p]: a batch is one gather. The first `kept`, offline data, stay."""
+    """A ring of packed rows [s | a | r | s' | d | p | extra]: a batch is one gather. The first `kept` rows stay."""
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: str) -> None:
-        self.widths = (obs_dim, act_dim, 1, obs_dim, 1, 1)
+        self.widths = (obs_dim, act_dim, 1, obs_dim, 1, 1, 1)
         self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.kept = self.size = self.pointer = 0
 
@@ -386,17 +393,17 @@ class ReplayBuffer:
         self.rows[: len(rows)] = torch.from_numpy(rows)
         self.kept = self.size = self.pointer = len(rows)
 
-    def add(self, state, action, reward: float, next_state, done: bool, p: float) -> None:
+    def add(self, state, action, reward: float, next_state, done: bool, p: float, extra: float = 0.0) -> None:
         """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full."""
-        row = np.concatenate((state, action, (reward,), next_state, (done, p)), dtype=np.float32)
+        row = np.concatenate((state, action, (reward,), next_state, (done, p, extra)), dtype=np.float32)
         self.rows[self.pointer] = torch.from_numpy(row)
         self.size = max(self.size, self.pointer + 1)
         self.pointer = self.pointer + 1 if self.pointer + 1 < len(self.rows) else self.kept
 
     def batch(self, rows: torch.Tensor) -> Batch:
         """Split packed rows (n, width) into a Batch of views."""
-        s, a, r, s_next, d, p = torch.split(rows, self.widths, dim=1)
-        return Batch(s, a, r.squeeze(1), s_next, d.squeeze(1), p.squeeze(1))
+        s, a, r, s_next, d, p, extra = torch.split(rows, self.widths, dim=1)
+        return Batch(s, a, r.squeeze(1), s_next, d.squeeze(1), p.squeeze(1), extra.squeeze(1))
 
     def sample(self, batch_size: int) -> Batch:
         """Rows drawn uniformly with replacement."""
@@ -423,9 +430,7 @@ class ReplayBuffer:
 # --- Networks
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for n_in, n_out in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(n_in, n_out), nn.ReLU()]
+    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
@@ -682,13 +687,14 @@ class AWAC(nn.Module):
         target = batch.rewards + self.config.gamma * (1 - batch.dones) * q_next
         return (self.critic(states, batch.actions).amin(0) - target).abs()
 
-    def freeze_critic(self, refresh: bool) -> None:
-        """Set Q_off: at the switch the critic itself [ours], at a refresh the target critic (Algorithm 1, line 18)."""
-        self.offline_critic.load_state_dict((self.target_critic if refresh else self.critic).state_dict())
+    def start_online(self) -> None:
+        """At the switch: freeze Q_off, the critic itself and not its Polyak copy [ours]."""
+        self.offline_critic.load_state_dict(self.critic.state_dict())
 
-    def start_period(self) -> None:
-        """Remember the target critic for this period's Bellman errors (Appendix B.1.4)."""
-        self.period_critic.load_state_dict(self.target_critic.state_dict())
+    def start_period(self, refresh: bool) -> None:
+        """Keep the target critic for this period's Bellman errors (B.1.4), also as Q_off if `refresh` (Algorithm 1)."""
+        for critic in (self.period_critic, self.offline_critic)[: 1 + refresh]:
+            critic.load_state_dict(self.target_critic.state_dict())
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:
@@ -831,20 +837,49 @@ class Run:
             fail(f"{path} is not the data set that this run began with")
         if not self.dataset_checksum:
             self.dataset_checksum, states = checksum, rows[:, : self.env.obs_dim]
-            self.reward_scale, self.reward_bias = reward_transform(self.env, returns, config.normalize_reward)
+            self.reward_scale, self.reward_bias = reward_transform(self.env, returns, config)
             if config.normalize:
                 agent.obs_mean.copy_(torch.from_numpy(states.mean(0)))
                 agent.obs_std.copy_(torch.from_numpy(states.std(0) + 1e-3))
         rewards = rows[:, self.env.obs_dim + self.env.act_dim]
         rewards[:] = self.reward_scale * rewards + self.reward_bias
         capacity = len(rows) + (config.online_iterations if self.keeps_offline_data else 0)
-        self.dataset = ReplayBuffer(capacity, self.env.obs_dim, self.env.act_dim, self.device)
+        self.dataset = self.new_buffer(capacity)
         self.dataset.load(rows)
 
     def make_buffer(self) -> None:
         """The online phase's: SAMG's, free of offline data, or CORL's, the offline rows with room for online ones."""
-        empty = ReplayBuffer(self.config.buffer_size, self.env.obs_dim, self.env.act_dim, self.device)
-        self.buffer, self.dataset = self.dataset if self.keeps_offline_data else empty, None
+        kept = self.keeps_offline_data
+        self.buffer, self.dataset = self.dataset if kept else self.new_buffer(self.config.buffer_size), None
+
+    def new_buffer(self, capacity: int) -> ReplayBuffer:
+        return ReplayBuffer(capacity, self.env.obs_dim, self.env.act_dim, self.device)
+
+    def remember(self, state, action, reward: float, next_state, terminated: bool) -> None:
+        """Put an online transition into the buffer, with its p."""
+        p = self.coefficient(*(torch.from_numpy(x[None]).to(self.device) for x in (state, action))).item()
+        self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
+
+    def end_episode(self, terminated: bool) -> None:
+        """An online episode is over, by its own end or by the time limit."""
+        self.train_episodes.append([self.step - self.switch, self.env.score(), self.env.episode_return])
+
+    def update_coefficient(self) -> None:
+        """Algorithm 1, lines 15-19: learn mastered out-of-distribution rows, recompute p, refresh the frozen critic."""
+        config, agent, coefficient = self.config, self.agent, self.coefficient
+        if coefficient.adaptive:
+            recent, stored = self.buffer.latest(config.coefficient_frequency), self.buffer.stored()
+            candidates, known = recent.select(recent.p == 0), stored.select(stored.p > 0)
+            if min(len(candidates.p), len(known.p)) < config.batch_size:
+                counts = f"{len(candidates.p)} new rows with p = 0, {len(known.p)} with p > 0"
+                tqdm.write(f"coefficient not updated: {counts}")
+            else:
+                mastered = select_mastered(agent.bellman_errors(candidates), config.mastered_share)
+                self.adapt_report = coefficient.adapt(candidates.select(mastered), known)
+                stored.p.copy_(coefficient(stored.states, stored.actions))
+                if not self.adapt_report["adapt_accepted"]:
+                    tqdm.write("coefficient update undone: it lowered p on known rows")
+        agent.start_period(config.refresh_offline_critic)
 
     def open_log(self) -> None:
         """Write config.yaml if new, and open metrics.csv, cut back to where the checkpoint saw it."""
@@ -985,8 +1020,8 @@ def finetune_online(run: Run) -> None:
     warmup = 0 if run.keeps_offline_data else config.warmup_steps  # there, the buffer is full from the start
     if run.buffer is None:
         torch.manual_seed(derive_seed(config.seed, "online"))
-        agent.freeze_critic(refresh=False)
-        agent.start_period()
+        agent.start_online()
+        agent.start_period(refresh=False)
         run.make_buffer()
     with run.bar("online", config.online_iterations, run.step - run.switch) as bar:
         while bar.n < bar.total:
@@ -997,21 +1032,19 @@ def finetune_online(run: Run) -> None:
                 step, metrics, start = bar.n + 1, {}, time.perf_counter()
                 action = agent.act(observation, deterministic=False)
                 next_observation, reward, terminated, truncated = env.step(action)
-                p = run.coefficient(*(torch.from_numpy(x[None]).to(run.device) for x in (observation, action))).item()
-                reward = run.reward_scale * reward + run.reward_bias
-                run.buffer.add(observation, action, reward, next_observation, terminated, p)
-                observation, over = next_observation, terminated or truncated
                 middle = time.perf_counter()
+                run.remember(observation, action, reward, next_observation, terminated)
+                observation, over = next_observation, terminated or truncated
                 if step > warmup:
                     agent.guidance_weight.fill_(guidance_weight(config, step))
                     metrics = agent.update(run.buffer.sample(config.batch_size), guided=config.samg)
                 run.step += 1
+                if over:
+                    run.end_episode(terminated)
                 if config.samg and step % config.coefficient_frequency == 0:
-                    run.adapt_report = update_coefficient(run)
+                    run.update_coefficient()
                 run.seconds["environment"] += middle - start
                 run.seconds["online"] += time.perf_counter() - middle
-                if over:
-                    run.train_episodes.append([step, env.score(), env.episode_return])
                 run.report("online", step, metrics, bar)
 
 
@@ -1021,30 +1054,9 @@ def guidance_weight(config: Any, step: int) -> float:
     return max(0.0, left) if config.guidance_fade else float(left >= 0)
 
 
-def update_coefficient(run: Run) -> dict[str, float]:
-    """Algorithm 1, lines 15-19: learn the mastered out-of-distribution rows, refresh the frozen critic, recompute p."""
-    config, agent, coefficient, report = run.config, run.agent, run.coefficient, {}
-    if coefficient.adaptive:
-        recent, stored = run.buffer.latest(config.coefficient_frequency), run.buffer.stored()
-        candidates, known = recent.select(recent.p == 0), stored.select(stored.p > 0)
-        if min(len(candidates.p), len(known.p)) < config.batch_size:
-            tqdm.write(f"coefficient not updated: {len(candidates.p)} new rows with p = 0, {len(known.p)} with p > 0")
-        else:
-            mastered = select_mastered(agent.bellman_errors(candidates), config.mastered_share)
-            report = coefficient.adapt(candidates.select(mastered), known)
-            stored.p.copy_(coefficient(stored.states, stored.actions))
-            if not report["adapt_accepted"]:
-                tqdm.write("coefficient update undone: it lowered p on known rows")
-    if config.refresh_offline_critic:
-        agent.freeze_critic(refresh=True)
-    agent.start_period()
-    return report
-
-
-def train(config: Any, algorithm: type) -> None:
+def train(run: Run) -> None:
     """A whole run, or the rest of one."""
-    torch.set_num_threads(config.threads)
-    run = Run(config, algorithm)
+    config, algorithm = run.config, run.algorithm
     if not config.resume and (run.folder / "config.yaml").exists():
         fail(f"{run.folder} holds a run already: --resume it, choose another --name or --seed, or remove it")
     last = run.folder / "checkpoint.pt"
@@ -1073,7 +1085,7 @@ def train(config: Any, algorithm: type) -> None:
 
 
 # --- Main
-def main(algorithm: type, config_class: type) -> None:
+def main(algorithm: type, config_class: type, run_class: type) -> None:
     """Command line: train, --resume, or --eval_only."""
     config = parse_config(config_class, sys.argv[1:])
     if config.eval_only:
@@ -1093,10 +1105,11 @@ def main(algorithm: type, config_class: type) -> None:
         if forbidden := sorted(changed - {"resume", "device", "threads", "wandb", "checkpoint_frequency"}):
             fail(f"--resume continues a run with its own configuration; {', '.join(forbidden)} cannot change")
     try:
-        train(config, algorithm)
+        torch.set_num_threads(config.threads)
+        train(run_class(config, algorithm))
     except OSError as error:
         fail(f"{error}; what was saved before is whole: make room or give access, then --resume the run's folder")
 
 
 if __name__ == "__main__":
-    main(AWAC, TrainConfig)
+    main(AWAC, TrainConfig, Run)

@@ -78,7 +78,7 @@ def call(awac):
         argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         sys.argv = ["awac_samg.py", *map(str, words), *options(settings)]
         try:
-            awac.main(awac.AWAC, awac.TrainConfig)
+            awac.main(awac.AWAC, awac.TrainConfig, awac.Run)
         finally:
             sys.argv = argv
             for number, handler in handlers.items():

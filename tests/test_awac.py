@@ -31,7 +31,8 @@ def make_batch(awac, p=0.0, dones=0.0):
     random, ones = np.random.default_rng(1), np.ones(ROWS)
     states, next_states = random.normal(size=(2, ROWS, 3))
     actions, rewards = random.uniform(LOW, HIGH, (ROWS, 2)), random.normal(size=ROWS)
-    return awac.Batch(*map(torch.from_numpy, (states, actions, rewards, next_states, dones * ones, p * ones)))
+    columns = (states, actions, rewards, next_states, dones * ones, p * ones, 0 * ones)
+    return awac.Batch(*map(torch.from_numpy, columns))
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def adam(values, memory, gradients, step, rate):
 
 def reference_update(values, memory, step, batch, noise, config, guided):
     """One update of `values` and of Adam's `memory` in place; returns metrics, gradients and the actor's weights."""
-    s, a, r, s_next, d, p = (column.numpy() for column in batch)
+    s, a, r, s_next, d, p, _ = (column.numpy() for column in batch)
     s, s_next = ((x - values["obs_mean"]) / values["obs_std"] for x in (s, s_next))
     std, n = np.exp(np.clip(values["actor.log_std"], -20, 2)), len(r)
 
@@ -149,7 +150,7 @@ def test_two_updates_equal_the_formulas_in_numpy(awac, noise, p, dones, guided, 
 def test_done_rows_do_not_bootstrap_under_guidance(awac, noise):
     agent, batch = make_agent(awac), make_batch(awac, MIXED_P, SOME_DONE)
     values = values_of(agent)
-    s, a, r, s_next, d, p = (column.numpy() for column in batch)
+    s, a, r, s_next, d, p, _ = (column.numpy() for column in batch)
     s, s_next = ((x - values["obs_mean"]) / values["obs_std"] for x in (s, s_next))
     a_next = forward(values, "actor.mean", s_next)[-1] + np.exp(values["actor.log_std"]) * noise[0]
     q_target, q_off = (
@@ -216,16 +217,18 @@ def same(module, other):
 def test_the_switch_freezes_the_critic_itself_and_a_refresh_takes_the_target_critic(awac):
     agent = make_agent(awac)
     assert not same(agent.critic, agent.target_critic)
-    agent.freeze_critic(refresh=False)
+    agent.start_online()
     assert same(agent.offline_critic, agent.critic)
-    agent.freeze_critic(refresh=True)
+    agent.start_period(refresh=False)
+    assert same(agent.offline_critic, agent.critic)
+    agent.start_period(refresh=True)
     assert same(agent.offline_critic, agent.target_critic)
 
 
 def test_the_frozen_critic_is_a_copy_in_eval_mode_that_no_update_moves(awac):
     agent = make_agent(awac)
-    agent.freeze_critic(refresh=False)
-    agent.start_period()
+    agent.start_online()
+    agent.start_period(refresh=False)
     frozen, period = values_of(agent.offline_critic), values_of(agent.period_critic)
     for _ in range(3):
         agent.update(make_batch(awac, MIXED_P), guided=True)
@@ -308,11 +311,11 @@ def test_bellman_errors_by_hand(awac):
 
 def test_bellman_errors_use_the_critic_now_and_the_target_critic_of_the_periods_start_at_the_mean_action(awac):
     agent, batch = make_agent(awac), make_batch(awac, MIXED_P, SOME_DONE)
-    agent.start_period()
+    agent.start_period(refresh=False)
     start = values_of(agent)
     agent.update(batch, guided=True)
     now = values_of(agent)
-    s, a, r, s_next, d, _ = (column.numpy() for column in batch)
+    s, a, r, s_next, d, _, _ = (column.numpy() for column in batch)
     s, s_next = ((x - now["obs_mean"]) / now["obs_std"] for x in (s, s_next))
     mean = forward(now, "actor.mean", s_next)[-1]
     assert (mean > HIGH).any()

@@ -15,7 +15,7 @@ sizes = {"kept": st.integers(0, 4), "ring": st.integers(1, 6), "adds": st.intege
 
 def transition(i):
     """Number i's transition; no two columns are equal."""
-    return np.array([i, i + 0.5]), np.array([-i / 8]), i / 4, np.array([i + 1, i + 1.5]), bool(i % 3), i / 64
+    return np.array([i, i + 0.5]), np.array([-i / 8]), i / 4, np.array([i + 1, i + 1.5]), bool(i % 3), i / 64, i / 512
 
 
 def row(i):
@@ -81,7 +81,7 @@ def test_samples_are_stored_rows_and_every_stored_row_is_drawn_equally_often(awa
         return
     torch.manual_seed(0)
     batch = buffer.sample(300 * len(numbers))
-    assert [column.shape[1:] for column in batch] == [(OBS,), (ACT,), (), (OBS,), (), ()]
+    assert [column.shape[1:] for column in batch] == [(OBS,), (ACT,), (), (OBS,), (), (), ()]
     drawn, counts = np.unique(np.array(rows_of(batch)), axis=0, return_counts=True)
     assert drawn.tolist() == sorted(row(i) for i in numbers)
     assert counts.min() > 200 and counts.max() < 400
@@ -93,8 +93,8 @@ def test_p_is_rewritten_in_place_and_nothing_else(awac, kept, ring, adds):
     stored = buffer.stored()
     stored.p.copy_(stored.states[:, 0] * 2)
     numbers = [*range(-kept, 0), *model]
-    assert sorted(rows_of(buffer.stored())) == [[*row(i)[:-1], 2.0 * i] for i in numbers]
-    assert rows_of(buffer.latest(1)) == [[*row(i)[:-1], 2.0 * i] for i in model[-1:]]
+    assert sorted(rows_of(buffer.stored())) == [[*row(i)[:-2], 2.0 * i, i / 512] for i in numbers]
+    assert rows_of(buffer.latest(1)) == [[*row(i)[:-2], 2.0 * i, i / 512] for i in model[-1:]]
 
 
 @pytest.mark.parametrize("kept", [0, 2])

@@ -24,7 +24,7 @@ def make_coefficient(awac, **values):
 def make_batch(awac, n, seed=0, shift=0.0):
     random = np.random.default_rng(seed)
     states, actions, next_states = (random.normal(size=(n, d)) + shift for d in (OBS, ACT, OBS))
-    columns = states, actions, random.normal(size=n), next_states, np.zeros(n), np.zeros(n)
+    columns = states, actions, random.normal(size=n), next_states, *np.zeros((3, n))
     return awac.Batch(*(torch.from_numpy(column.astype(np.float32)) for column in columns))
 
 
@@ -299,8 +299,7 @@ def fake_run(awac, period, n_rows, **values):
     calls = []
     agent = SimpleNamespace(
         bellman_errors=lambda batch: batch.states[:, 0],
-        freeze_critic=lambda refresh: calls.append(f"freeze {refresh}"),
-        start_period=lambda: calls.append("period"),
+        start_period=lambda refresh: calls.append(("period", refresh)),
     )
 
     class Coefficient:
@@ -313,30 +312,34 @@ def fake_run(awac, period, n_rows, **values):
         def __call__(self, states, actions):
             return states[:, 0] / 1000
 
-    return SimpleNamespace(config=config, agent=agent, coefficient=Coefficient(), buffer=buffer), calls
+    parts = {"config": config, "agent": agent, "coefficient": Coefficient(), "buffer": buffer}
+    return SimpleNamespace(**parts, adapt_report={}), calls
 
 
 def test_the_update_learns_the_best_of_this_periods_unknown_rows_and_rewrites_p_of_the_whole_buffer(awac):
     run, calls = fake_run(awac, period=30, n_rows=90, mastered_share=0.2)
-    assert awac.update_coefficient(run) == {"adapt_accepted": 1}
+    awac.Run.update_coefficient(run)
+    assert run.adapt_report == {"adapt_accepted": 1}
     assert sorted(run.coefficient.mastered) == [60, 63]  # of 60, 63, ..., 87
     assert sorted(run.coefficient.known) == [i for i in range(30, 90) if i % 3]
     rows = run.buffer.stored()
     torch.testing.assert_close(rows.p, rows.states[:, 0] / 1000)
-    assert calls == ["freeze True", "period"]
+    assert calls == [("period", True)]
 
 
 @pytest.mark.parametrize(("period", "n_rows"), [(12, 60), (60, 6)])
 def test_with_less_than_a_batch_of_rows_the_coefficient_stays_and_a_line_says_so(awac, capsys, period, n_rows):
     run, calls = fake_run(awac, period, n_rows)
     p = run.buffer.stored().p.clone()
-    assert awac.update_coefficient(run) == {} and torch.equal(run.buffer.stored().p, p)
-    assert "not updated" in "".join(capsys.readouterr()) and calls == ["freeze True", "period"]
+    awac.Run.update_coefficient(run)
+    assert run.adapt_report == {} and torch.equal(run.buffer.stored().p, p)
+    assert "not updated" in "".join(capsys.readouterr()) and calls == [("period", True)]
 
 
 @pytest.mark.parametrize("coefficient", ["static", "even", "none"])
 def test_other_coefficients_are_not_updated_and_the_refresh_can_be_off(awac, coefficient):
     run, calls = fake_run(awac, 30, 90, coefficient=coefficient, refresh_offline_critic=False)
     p = run.buffer.stored().p.clone()
-    assert awac.update_coefficient(run) == {} and torch.equal(run.buffer.stored().p, p)
-    assert calls == ["period"]
+    awac.Run.update_coefficient(run)
+    assert run.adapt_report == {} and torch.equal(run.buffer.stored().p, p)
+    assert calls == [("period", False)]

@@ -60,10 +60,10 @@ def check_against_the_loop(awac, path):
             awac.load_dataset(path, ENV)
         return None
     rows, returns = awac.load_dataset(path, ENV)
-    assert rows.dtype == np.float32 and rows.shape == (len(expected), 2 * OBS + ACT + 3) and rows.flags["C_CONTIGUOUS"]
+    assert rows.dtype == np.float32 and rows.shape == (len(expected), 2 * OBS + ACT + 4) and rows.flags["C_CONTIGUOUS"]
     for row, (state, action, reward, successor, terminal) in zip(rows.tolist(), expected):
-        s, a, r, s_next, d, p = row[:2], row[2:3], row[3], row[4:6], row[6], row[7]
-        assert (s, a, r, d, p) == (state, [np.float32(action[0])], reward, float(terminal), 0.0)
+        s, a, r, s_next, d, rest = row[:2], row[2:3], row[3], row[4:6], row[6], row[7:]
+        assert (s, a, r, d, rest) == (state, [np.float32(action[0])], reward, float(terminal), [0.0, 0.0])
         assert successor is None or s_next == successor
     assert returns.tolist() == expected_returns
     return rows
@@ -123,12 +123,20 @@ def reward_env(name, limit=1000):
     return SimpleNamespace(name=name, family=name.split("-")[0].lower(), env=SimpleNamespace(spec=spec))
 
 
+def transform(awac, name, returns, **values):
+    return awac.reward_transform(reward_env(name), np.array(returns), awac.TrainConfig(**values))
+
+
 def test_reward_normalisation_by_hand(awac):
-    returns = np.array([100.0, 2600.0, 300.0])
-    assert awac.reward_transform(reward_env("hopper-medium-v2"), returns, True) == (0.4, 0.0)  # 1000 / (2600 - 100)
-    assert awac.reward_transform(reward_env("antmaze-umaze-v2"), returns, True) == (1.0, -1.0)
+    hopper, antmaze = ("hopper-medium-v2", [100.0, 2600.0, 300.0]), ("antmaze-umaze-v2", [0.0, 1.0])
+    assert transform(awac, *hopper, normalize_reward=True) == (0.4, 0.0)  # 1000 / (2600 - 100)
+    assert transform(awac, *antmaze, normalize_reward=True) == (1.0, -1.0)
     for name in ("hopper-medium-v2", "antmaze-umaze-v2", "pen-binary-v0"):
-        assert awac.reward_transform(reward_env(name), returns, False) == (1.0, 0.0)
+        assert transform(awac, name, [0.0, 1.0]) == (1.0, 0.0)
+        assert transform(awac, name, [0.0, 1.0], reward_scale=10.0, reward_bias=5.0) == (10.0, 5.0)
+    scaled = {"normalize_reward": True, "reward_scale": 10.0, "reward_bias": -5.0}
+    assert transform(awac, *hopper, **scaled) == (4.0, -5.0)
+    assert transform(awac, *antmaze, **scaled) == (10.0, -5.0)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +144,7 @@ def test_reward_normalisation_by_hand(awac):
 )
 def test_reward_normalisation_without_a_range_ends_the_program(awac, name, returns):
     with pytest.raises(SystemExit, match="normalize_reward"):
-        awac.reward_transform(reward_env(name), np.array(returns), True)
+        transform(awac, name, returns, normalize_reward=True)
 
 
 # --- Where a data set comes from
@@ -370,4 +378,5 @@ def test_a_seed_gives_the_same_hopper_episode_in_every_environment_object(awac):
     assert expected.dtype == np.float32
     assert not np.array_equal(episode(first, 4)[0], expected[0])
     assert np.array_equal(episode(first, 3), expected) and np.array_equal(episode(second, 3), expected)
-    assert awac.reward_transform(first, np.array([0.0, 2000.0]), True) == (0.5, 0.0)
+    config = awac.TrainConfig(normalize_reward=True)
+    assert awac.reward_transform(first, np.array([0.0, 2000.0]), config) == (0.5, 0.0)

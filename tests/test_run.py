@@ -294,7 +294,7 @@ def test_arms_run_from_one_offline_checkpoint(arm, arms):
     assert low <= p_mean <= high
     assert not numbers(arms[arm], "online", "mastered_rows")
     n_rows, width = checkpoint(arms[arm])["buffer"]["rows"].shape
-    assert (n_rows, width) == (160, 2 * 11 + 3 + 3)  # the online rows alone: offline ones are not stored twice
+    assert (n_rows, width) == (160, 2 * 11 + 3 + 4)  # the online rows alone: offline ones are not stored twice
     if arm == "corl":
         assert numbers(arms[arm], "online", "critic_loss")[0]  # no warm-up
 
@@ -410,7 +410,7 @@ def test_update_on_the_gpu_equals_that_on_the_cpu(awac, monkeypatch):
     for agent in (on_cpu, on_gpu):  # Adam's first step takes the sign of a gradient, however small: plain descent
         parts = {"actor": agent.actor, "critic": agent.critic}
         agent.optimizers = {name: torch.optim.SGD(part.parameters(), 1e-2) for name, part in parts.items()}
-    batch = awac.Batch(*(torch.rand(shape) for shape in ((64, 11), (64, 3), (64,), (64, 11), (64,), (64,))))
+    batch = awac.Batch(*(torch.rand(shape) for shape in ((64, 11), (64, 3), (64,), (64, 11), (64,), (64,), (64,))))
     results = on_cpu.update(batch, True), on_gpu.update(awac.Batch(*(column.cuda() for column in batch)), True)
     for name, value in results[0].items():
         assert results[1][name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
