@@ -1023,13 +1023,14 @@ def finetune_online(run: Run) -> None:
         agent.start_online()
         agent.start_period(refresh=False)
         run.make_buffer()
+    end = run.switch + config.online_iterations
     with run.bar("online", config.online_iterations, run.step - run.switch) as bar:
-        while bar.n < bar.total:
+        while run.step < end:
             run.save_if_due()
             observation, over = env.reset(derive_seed(config.seed, "episode", run.episode)), False
             run.episode += 1
-            while not over and bar.n < bar.total:
-                step, metrics, start = bar.n + 1, {}, time.perf_counter()
+            while not over and run.step < end:
+                step, metrics, start = run.step - run.switch + 1, {}, time.perf_counter()
                 action = agent.act(observation, deterministic=False)
                 next_observation, reward, terminated, truncated = env.step(action)
                 middle = time.perf_counter()

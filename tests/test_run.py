@@ -347,12 +347,14 @@ def test_any_gymnasium_task(call, capsys, tmp_path):
     assert re.search(r"regret +nan", capsys.readouterr().out)
 
 
-def test_file_works_copied_alone(hopper_file, tmp_path):
+def test_file_works_copied_alone_and_with_its_bars_switched_off(hopper_file, tmp_path):
     shutil.copy(SCRIPT, tmp_path)
     short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 40}
     words = command("-I", SCRIPT.name, env="Hopper-v4", dataset=hopper_file, **(TINY | SHORT | short))
-    process = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"TQDM_DISABLE": "1"}
+    process = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
+    assert "it/s" not in process.stderr
     assert (tmp_path / "runs" / "Hopper-v4" / "awac-samg-seed0" / "summary.json").is_file()
 
 
