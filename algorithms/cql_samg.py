@@ -1,0 +1,1271 @@
+"""CQL with SAMG: offline pre-training, then online fine-tuning without the offline data, in one file.
+
+SAMG (Zhang et al., "SAMG: Offline-to-Online Reinforcement Learning via State-Action-Conditional Offline Model
+Guidance") freezes the pre-trained critic and mixes it into the TD target of every online sample (s, a), weighted by how
+well the offline data knew that sample, p(s, a), Eq. (1). CQL (Kumar et al., 2020, arXiv:2006.04779) as CORL runs it.
+
+    python algorithms/cql_samg.py --config configs/cql/quickstart.yaml
+    python algorithms/cql_samg.py --env Hopper-v4 --dataset my.hdf5 --offline_iterations 100000
+    python algorithms/cql_samg.py --resume runs/hopper-medium-v2/cql-samg-seed0
+
+"[ours]" marks a choice that the paper leaves open; the README lists them all.
+"""
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "h5py==3.16.0",
+#     "pyrallis==0.3.1", "tqdm==4.70.1", "wandb==0.31.0",
+# ]
+# ///
+
+import contextlib
+import copy
+import csv
+import difflib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+import urllib.request
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import h5py
+import numpy as np
+import pyrallis
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+
+# --- Configuration
+@dataclass
+class TrainConfig:
+    # --- Task
+    env: str = "hopper-medium-v2"  # D4RL name, or any Gymnasium id with a Box action space
+    dataset: str = ""  # D4RL-layout HDF5 file; empty: the D4RL file of env, found locally or downloaded
+    seed: int = 0  # seeds networks, batches, exploration and every training episode's reset
+    eval_seed: int = 0  # seeds the evaluation episodes: the same start states for every evaluation and every run
+    device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
+    threads: int = 1  # CPU threads; more than one does not pay for networks of this size
+    # --- Run
+    runs_dir: str = "runs"  # the run's folder is <runs_dir>/<env>/<name>-seed<seed>
+    name: str = ""  # empty: made from the algorithm and the arm, such as cql-samg
+    resume: str = ""  # folder of an interrupted run, continued with its own configuration
+    offline_checkpoint: str = ""  # start online from this finished offline phase (offline_checkpoint.pt of a run)
+    eval_only: str = ""  # score this checkpoint and exit
+    checkpoint_frequency: int = 10_000  # steps between checkpoints (online: the next episode's start after them)
+    log_frequency: int = 1_000  # steps between rows of metrics.csv
+    eval_frequency: int = 5_000  # steps between evaluations
+    n_test_episodes: int = 10  # episodes an evaluation
+    wandb: bool = False  # send the same numbers to Weights & Biases
+    project: str = "SAMG"  # wandb project
+    group: str = ""  # wandb group; empty: <algorithm>-<env>
+    # --- Phases
+    offline_iterations: int = 1_000_000  # offline updates (Section 5)
+    online_iterations: int = 200_000  # online environment steps, one update each after the warm-up; 0: offline only
+    warmup_steps: int = 2_000  # first online steps, with the offline policy and without updates (Appendix C.2)
+    buffer_size: int = 20_000  # online ring buffer, rows (Appendix C.2; 50,000 on antmaze)
+    # --- SAMG
+    samg: bool = True  # false: CORL's fine-tuning, without guidance
+    keep_offline_data: bool = True  # only for samg false: fine-tune on offline and online rows; false: online rows only
+    coefficient: str = "vae"  # p(s, a): vae, static (vae, never updated online), even, random, none
+    p_threshold: float = 0.6  # p_m, Eq. (4): below it p is 0
+    coefficient_frequency: int = 10_000  # online steps between adaptive updates (Appendix B.1.4)
+    refresh_offline_critic: bool = False  # copy the target critic into Q_off then (Algorithm 1, line 18) [ours]
+    guidance_steps: int = 100_000  # online steps after which the guidance ends (Appendix C.4); 0: never [ours]
+    guidance_fade: bool = False  # fade the guidance out linearly over guidance_steps instead of cutting it [ours]
+    # --- C-VAE (Section 3.2, Appendix B.1)
+    vae_iterations: int = 50_000  # updates on the offline data [ours]
+    vae_hidden_dim: int = 750  # as BCQ's and CPQ's
+    vae_simple_decoder: bool = False  # one hidden layer of a third of the width, for hopper and walker2d [ours]
+    vae_learning_rate: float = 1e-3  # Adam, as BCQ's [ours]
+    vae_kl_target: float = 0.03  # steer beta to hold the KL here; 0: beta follows the schedule below [ours]
+    vae_beta: float = 0.5  # weight of the KL term: its value where there is no target, its start where there is one
+    vae_kl_annealing: int = 0  # updates over which beta rises linearly from 0 to vae_beta (only without a target)
+    vae_mean_weight: float = 0.5  # w: share of the means' degree p_M against the standard deviations' p_S [ours]
+    # --- Adaptive update of the coefficient (Appendix B.1.4)
+    mastered_share: float = 0.1  # share of the out-of-distribution rows, by smallest Bellman error, that is learned
+    adapt_iterations: int = 100  # C-VAE updates each time [ours]
+    adapt_learning_rate: float = 1e-4  # their step size [ours]
+    adapt_hold: float = 10.0  # weight of the L2 term that holds the encoder on rows it knows [ours]
+    adapt_max_drop: float = 0.02  # undo the update if the mean p of those rows falls by this much [ours]
+    # --- CQL (CORL's names and values)
+    batch_size: int = 256  # rows an update
+    hidden_dim: int = 256  # width of the hidden layers: three of the policy, q_n_hidden_layers of each critic
+    q_n_hidden_layers: int = 3  # of the critics
+    orthogonal_init: bool = True  # orthogonal weights (gain sqrt 2) and zero biases; false: last layers near zero
+    policy_lr: float = 3e-5  # Adam, policy and temperature
+    qf_lr: float = 3e-4  # Adam, critics and log_alpha_prime
+    discount: float = 0.99  # gamma
+    soft_target_update_rate: float = 5e-3  # Polyak step of the target critics
+    target_update_period: int = 1  # updates between Polyak steps
+    alpha_multiplier: float = 1.0  # factor of the temperature
+    use_automatic_entropy_tuning: bool = True  # learn the temperature: entropy towards -act_dim; false: it stays 1
+    backup_entropy: bool = False  # subtract the temperature's term in the TD target, too
+    bc_steps: int = 0  # first updates, in which the policy imitates the data
+    cql_alpha: float = 10.0  # weight of the conservative penalty offline
+    cql_alpha_online: float = 10.0  # and from the switch on, in every arm (antmaze: 2, Appendix C.2)
+    cql_n_actions: int = 10  # actions a row of each kind in the penalty: random, policy in s', policy in s
+    cql_importance_sample: bool = True  # divide by the densities that drew these actions
+    cql_lagrange: bool = False  # learn the penalty's weight, so that its gap stays near cql_target_action_gap
+    cql_target_action_gap: float = -1.0  # only with cql_lagrange
+    cql_temp: float = 1.0  # temperature of the log-sum-exp
+    cql_max_target_backup: bool = False  # TD target at the best of cql_n_actions actions in s'
+    cql_clip_diff_min: float = -math.inf  # lower bound of a row's penalty
+    cql_clip_diff_max: float = math.inf  # its upper bound
+    normalize: bool = True  # observations to zero mean and unit variance of the offline data
+    normalize_reward: bool = False  # locomotion: scale to the range of returns; antmaze: minus 1
+    reward_scale: float = 1.0  # rewards enter the buffers as reward_scale * r + reward_bias, r normalised or not
+    reward_bias: float = 0.0  # on antmaze it replaces normalize_reward's minus 1
+
+    # the fields that may be negative or infinite
+    SIGNED = ("reward_bias", "cql_target_action_gap", "cql_clip_diff_min", "cql_clip_diff_max")
+
+    def __post_init__(self) -> None:
+        arm = "-samg" + ("" if self.coefficient == "vae" else f"-{self.coefficient}")
+        self.name = self.name or "cql" + (arm if self.samg else "" if self.keep_offline_data else "-no-offline-data")
+        check_config(self)
+        check_cql(self)
+
+
+def check_cql(config: Any) -> None:
+    """check_config's part for the fields of CQL and Cal-QL."""
+    for name in ("cql_n_actions", "target_update_period", "q_n_hidden_layers"):
+        if not getattr(config, name):
+            raise ValueError(f"{name} must be at least 1, it is 0")
+    for name in ("discount", "soft_target_update_rate"):
+        if getattr(config, name) > 1:
+            raise ValueError(f"{name} must be at most 1, it is {getattr(config, name)}")
+    if not config.cql_temp:
+        raise ValueError("cql_temp must be above 0")
+    if config.cql_clip_diff_min > config.cql_clip_diff_max:
+        raise ValueError("cql_clip_diff_min must not be above cql_clip_diff_max")
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for a value that no run can use."""
+    at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations")
+    shares = ("p_threshold", "vae_mean_weight", "mastered_share", "gamma", "tau")
+    for name, value in asdict(config).items():
+        finite = not isinstance(value, (int, float)) or 0 <= value < math.inf
+        if not (value == value if name in config.SIGNED else finite):
+            raise ValueError(f"{name} must be finite and not negative, it is {value}")
+        if (value == 0 and (name in at_least_1 or name.endswith("_frequency"))) or (name in shares and value > 1):
+            raise ValueError(f"{name} must be {'at most' if value else 'at least'} 1, it is {value}")
+    if config.coefficient not in COEFFICIENTS:
+        raise ValueError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, not {config.coefficient!r}")
+    if config.guidance_fade and not config.guidance_steps:
+        raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
+    if not 2 <= config.batch_size <= config.buffer_size:
+        raise ValueError(f"batch_size {config.batch_size} must lie between 2 and buffer_size {config.buffer_size}")
+    if "/" in config.name:
+        raise ValueError(f"name must not hold a slash, it is {config.name!r}")
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on stderr and exit status 1."""
+    raise SystemExit("error: " + " ".join(message.split()))
+
+
+def read_bool(value: Any) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise ValueError(f"{value!r} is neither true nor false")
+    return str(value).lower() == "true"
+
+
+def parse_config(config_class: type, argv: list[str]) -> Any:
+    """Read the command line and the YAML file that it names; any fault ends the program with one line."""
+    # pyrallis itself takes any other word for true, cuts 1.5 to 1, and makes an empty text "None".
+    readers = {bool: read_bool, int: lambda value: int(str(value)), str: lambda value: str(value or "")}
+    for kind, reader in readers.items():
+        pyrallis.decode.register(kind, reader)
+    inspect.getsource = cache(inspect.getsource)  # pyrallis calls it for each field: seconds, for a file of this length
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            return pyrallis.parse(config_class=config_class, args=argv)
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        text = stderr.getvalue().split("error: ")[-1]
+    except Exception as error:  # pyrallis raises bare Exceptions for unknown keys; yaml and the file system their own
+        text = "no 'field: value' lines in the YAML file" if "attribute 'items'" in str(error) else str(error)
+    if "unrecognized" in text or "do not belong" in text:
+        names, unknown = [field.name for field in fields(config_class)], re.findall(r"--(\w+)|'(\w+)':", text)
+        near = [match for word in unknown for match in difflib.get_close_matches("".join(word), names, n=1)]
+        text += f" (did you mean {' or '.join(near)}?)" if near else " (--help lists the fields)"
+    fail(f"configuration: {text}")
+
+
+# --- Environment and data
+# D4RL's reference returns (min, max): the score is 100 * (return - min) / (max - min)
+REFERENCE_RETURNS = {
+    **{"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0), "walker2d": (1.629008, 4592.3)},
+    **{"pen": (96.262799, 3076.8331017826877), "door": (-56.512833, 2880.5693087298737)},
+    **{"relocate": (-6.425911, 4233.877797728884)},
+}
+LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
+DATASET_HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+
+
+def derive_seed(seed: int, stream: str, index: int = 0) -> int:
+    """The 32-bit seed of one use of randomness, so that no phase depends on what ran before it."""
+    streams = ("networks", "offline", "vae", "online", "episode", "evaluation")
+    return int(np.random.SeedSequence((seed, streams.index(stream), index)).generate_state(1)[0])
+
+
+class Environment:
+    """A simulator behind one interface. Adroit's `-binary` tasks (Cal-QL) pay -1 a step, 0 while the goal is held."""
+
+    def __init__(self, name: str, **options: Any) -> None:
+        self.name, self.family, self.binary = name, name.split("-")[0].lower(), "-binary-" in name
+        self.counts_success = self.binary or self.family == "antmaze"
+        self.normalized = self.counts_success or self.family in REFERENCE_RETURNS
+        self.env, self.old_api = make_simulator(name, options)
+        states, actions = self.env.observation_space, self.env.action_space
+        if len(states.shape or ()) != 1 or len(actions.shape or ()) != 1 or not actions.is_bounded():
+            fail(f"{name} needs flat observations and bounded continuous actions, it has {states} and {actions}")
+        self.obs_dim, self.act_dim = states.shape[0], actions.shape[0]
+        self.action_low, self.action_high = actions.low.astype(np.float32), actions.high.astype(np.float32)
+
+    def reset(self, seed: int) -> np.ndarray:
+        """Start the episode that belongs to this seed. Returns the first observation, (obs_dim,) float32."""
+        self.episode_return, self.solved = 0.0, False
+        if not self.old_api:
+            return np.asarray(self.env.reset(seed=seed)[0], np.float32)
+        # On antmaze the seed stops at a wrapper, and the goal comes from numpy's own stream.
+        for simulator in (self.env, getattr(self.env.unwrapped, "_wrapped_env", self.env)):
+            simulator.seed(seed)
+        np.random.seed(seed)
+        return np.asarray(self.env.reset(), np.float32)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        """Returns (observation, reward, terminated, truncated); a time limit truncates, it does not terminate."""
+        if self.old_api:
+            observation, reward, done, info = self.env.step(action)
+            truncated = bool(info.get("TimeLimit.truncated", False))
+            terminated = done and not truncated
+        else:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        observation, reward = np.asarray(observation, np.float32), float(reward)
+        if not (math.isfinite(reward) and np.isfinite(observation).all()):
+            fail(f"{self.name} returned a reward or an observation that is not finite: the simulation is unstable")
+        self.episode_return += reward
+        solved = bool(info["goal_achieved"]) if self.binary else reward > 0
+        self.solved |= solved
+        return observation, solved - 1.0 if self.binary else reward, bool(terminated), bool(truncated)
+
+    def score(self) -> float:
+        """Of the episode so far: D4RL's normalised score; where success counts, 100 or 0; else the return itself."""
+        if self.counts_success or not self.normalized:
+            return 100.0 * self.solved if self.counts_success else self.episode_return
+        low, high = REFERENCE_RETURNS[self.family]
+        return 100.0 * (self.episode_return - low) / (high - low)
+
+
+def make_simulator(name: str, options: dict[str, Any]) -> tuple[Any, bool]:
+    """The simulator of that name, from gym with d4rl (then True: the old interface) or from Gymnasium."""
+    env_id = name.replace("binary-v0", "cloned-v1")
+    try:
+        if all(importlib.util.find_spec(module) for module in ("gym", "d4rl")):
+            os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
+            import d4rl.gym_mujoco  # noqa: F401  by name: without mjrl, d4rl's own import stops before it
+            import gym
+            from d4rl.locomotion import maze_env
+
+            maze_env.print = lambda *args, **kwargs: None  # it prints the goal at every reset
+            if env_id in gym.envs.registry.env_specs:
+                return gym.make(env_id), True
+        import gymnasium
+
+        if importlib.util.find_spec("d4rl_envs"):
+            import d4rl_envs  # noqa: F401  (registers D4RL's names)
+        elif env_id.startswith(tuple(LOCOMOTION)):
+            tqdm.write(f"{env_id}: without d4rl or d4rl_envs it runs on Gymnasium's v4, whose physics differ slightly")
+            env_id = LOCOMOTION[env_id.split("-")[0]]
+        elif env_id.startswith(("antmaze-", "pen-", "door-", "relocate-")):
+            raise ValueError("it needs D4RL's simulators: install d4rl_envs, or gym 0.23.1 with d4rl")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
+            return gymnasium.make(env_id, **options), False
+    except Exception as error:
+        fail(f"cannot make the environment {name!r}: {error}")
+
+
+def dataset_address(env: str) -> str:
+    """The address of D4RL's HDF5 file for a D4RL name, '' if it has none."""
+    if match := re.fullmatch("(hopper|halfcheetah|walker2d)-(.+)-v2", env):
+        return f"{DATASET_HOST}/gym_mujoco_v2/{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
+    if match := re.fullmatch("antmaze-(umaze|medium|large)(-play|-diverse)?-v2", env):
+        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[match[1]]
+        flags = f"multistart_{match[2] is not None}_multigoal_{match[2] == '-diverse'}"
+        return f"{DATASET_HOST}/ant_maze_v2/Ant_maze_{maze}_noisy_{flags}_sparse_fixed.hdf5"
+    match = re.fullmatch("(pen|door|relocate)-(human|cloned)-v1", env)
+    return f"{DATASET_HOST}/hand_dapg_v1/{env}.hdf5" if match else ""
+
+
+def find_dataset(env: str, dataset: str) -> Path:
+    """The HDF5 file of a run: `dataset` itself, or D4RL's file for `env`, downloaded if it is nowhere here."""
+    alternatives = "give another data set by path with --dataset, or make one with tools/collect.py"
+    if dataset:
+        return Path(dataset) if Path(dataset).is_file() else fail(f"no data set at {dataset}; {alternatives}")
+    if not (address := dataset_address(env)):
+        fail(f"D4RL has no single data file for {env!r}; {alternatives}")
+    folders = [os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets", "~/.d4rl/datasets"]
+    paths = [Path(folder).expanduser() / Path(address).name for folder in folders]
+    if found := [path for path in paths if path.is_file()]:
+        return found[0]
+    path, aside = paths[0], paths[0].with_suffix(f".{os.getpid()}.part")  # other runs may download it at the same time
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(address, timeout=30) as response, open(aside, "wb") as file:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm.wrapattr(file, "write", total=size, desc=path.name) as out:
+                shutil.copyfileobj(response, out)
+        h5py.File(aside).close()  # a cut-off download does not open
+        aside.replace(path)
+        return path
+    except Exception as error:
+        fail(f"could not download {address} ({error}); put the file into {path.parent} by hand, or {alternatives}")
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_dataset(path: Path, env: Environment) -> tuple[np.ndarray, np.ndarray]:
+    """Read a data set in D4RL's raw HDF5 layout; a file that does not fit ends the program.
+
+    Returns the transitions as rows [s | a | r | s' | d | 0 | 0], (n, 2 obs_dim + act_dim + 4) float32, and the complete
+    episodes' returns. A timeout is no terminal. In a file without next_observations the next row is the successor; then
+    a timeout's row has none and is dropped, as is a last row that ends no episode.
+    """
+    widths = {"observations": (env.obs_dim,), "actions": (env.act_dim,), "next_observations": (env.obs_dim,)}
+    widths |= {"rewards": (), "terminals": (), "timeouts": ()}
+    try:
+        with h5py.File(path) as file:
+            if missing := sorted(widths.keys() - file.keys() - {"next_observations"}):
+                fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}")
+            for key in widths.keys() & file.keys():
+                if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
+                    fail(f"{path}: {key} is not an array of numbers")
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is reported below
+                data = {key: file[key][()].astype(np.float32, copy=False) for key in widths if key in file}
+    except OSError as error:
+        fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({error})")
+    if not (n := data["rewards"].size):
+        fail(f"{path} is empty")
+    for key, array in data.items():
+        if array.shape != (n, *widths[key]):
+            fail(f"{path}: {key} has shape {array.shape}; {env.name} needs {(n, *widths[key])}")
+        if not np.isfinite(array).all():
+            fail(f"{path}: {key} is not finite in row {np.argwhere(~np.isfinite(array))[0][0]}")
+    if (excess := np.maximum(data["actions"] - env.action_high, env.action_low - data["actions"]).max()) > 1e-3:
+        fail(f"{path}: actions go {excess:.3g} beyond the action space of {env.name}")
+    terminals, timeouts = data["terminals"].astype(bool), data["timeouts"].astype(bool)
+    ends = np.flatnonzero(terminals | timeouts)
+    returns = np.diff(np.append(0, data["rewards"].cumsum(dtype=np.float64)[ends]))
+    keep = np.ones(n, bool)
+    if "next_observations" not in data:
+        data["next_observations"] = np.roll(data["observations"], -1, axis=0)
+        keep = ~timeouts
+        keep[-1] &= terminals[-1]
+    if not keep.any():
+        fail(f"{path} has no transition whose next observation is known")
+    order = ("observations", "actions", "rewards", "next_observations", "terminals")
+    columns = [*(data[key].reshape(n, -1) for key in order), np.zeros((n, 2))]
+    return np.concatenate(columns, axis=1, dtype=np.float32)[keep], returns
+
+
+def reward_transform(env: Environment, episode_returns: np.ndarray, config: Any) -> tuple[float, float]:
+    """CORL's reward normalisation as (scale, bias): rewards enter the buffers as scale * r + bias."""
+    if not config.normalize_reward or env.family == "antmaze":
+        return config.reward_scale, config.reward_bias or (-1.0 if config.normalize_reward else 0.0)
+    if env.family not in LOCOMOTION or len(episode_returns) < 2 or np.ptp(episode_returns) == 0:
+        fail(f"{env.name}: normalize_reward needs antmaze, or locomotion with complete episodes of different returns")
+    scale = env.env.spec.max_episode_steps / float(np.ptp(episode_returns))
+    return scale * config.reward_scale, config.reward_bias
+
+
+# --- Replay buffer
+class Batch(NamedTuple):
+    states: torch.Tensor  # (n, obs_dim), raw
+    actions: torch.Tensor  # (n, act_dim)
+    rewards: torch.Tensor  # (n,), like the following
+    next_states: torch.Tensor  # (n, obs_dim)
+    dones: torch.Tensor  # 1 only for true terminals, never for a time limit
+    p: torch.Tensor  # the coefficient p(s, a), computed once, when the row enters
+    extra: torch.Tensor  # what the algorithm keeps with a row: IQL V_off(s'), Cal-QL the return from here, others 0
+
+    def select(self, index: torch.Tensor) -> "Batch":
+        return Batch(*(column[index] for column in self))
+
+
+class ReplayBuffer:
+    """A ring of packed rows [s | a | r | s' | d | p | extra]: a batch is one gather. The first `kept` rows stay."""
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: str) -> None:
+        self.widths = (obs_dim, act_dim, 1, obs_dim, 1, 1, 1)
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.kept = self.size = self.pointer = 0
+
+    def load(self, rows: np.ndarray) -> None:
+        """Fill the first rows with load_dataset's and keep them there."""
+        self.rows[: len(rows)] = torch.from_numpy(rows)
+        self.kept = self.size = self.pointer = len(rows)
+
+    def add(self, state, action, reward: float, next_state, done: bool, p: float, extra: float = 0.0) -> None:
+        """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full."""
+        row = np.concatenate((state, action, (reward,), next_state, (done, p, extra)), dtype=np.float32)
+        self.rows[self.pointer] = torch.from_numpy(row)
+        self.size = max(self.size, self.pointer + 1)
+        self.pointer = self.pointer + 1 if self.pointer + 1 < len(self.rows) else self.kept
+
+    def batch(self, rows: torch.Tensor) -> Batch:
+        """Split packed rows (n, width) into a Batch of views."""
+        s, a, r, s_next, d, p, extra = torch.split(rows, self.widths, dim=1)
+        return Batch(s, a, r.squeeze(1), s_next, d.squeeze(1), p.squeeze(1), extra.squeeze(1))
+
+    def sample(self, batch_size: int) -> Batch:
+        """Rows drawn uniformly with replacement."""
+        return self.batch(self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)])
+
+    def stored(self) -> Batch:
+        """All rows, as views, so that p can be rewritten in place."""
+        return self.batch(self.rows[: self.size])
+
+    def latest(self, n: int) -> Batch:
+        """The last n rows that entered the ring, oldest first (fewer, if it holds fewer)."""
+        n, ring = min(n, self.size - self.kept), len(self.rows) - self.kept
+        index = self.kept + (self.pointer - self.kept - n + torch.arange(n, device=self.rows.device)) % ring
+        return self.batch(self.rows[index])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows[self.kept : self.size].clone(), "pointer": self.pointer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.size, self.pointer = self.kept + len(state["rows"]), state["pointer"]
+        self.rows[self.kept : self.size] = state["rows"].to(self.rows.device)
+
+
+# --- Networks
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with ReLU between them."""
+    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+class TanhGaussian(NamedTuple):
+    """Policies for n states: tanh of diagonal Gaussians, so that actions lie in (-1, 1)."""
+
+    mean: torch.Tensor  # (n, act_dim), before tanh
+    log_std: torch.Tensor  # (n, act_dim)
+
+    def sample(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k reparameterised actions for each state, (n, k, act_dim), and their log-probabilities, (n, k)."""
+        n, act_dim = self.mean.shape
+        noise = self.mean.new_empty(n, k, act_dim).normal_()
+        before_tanh = self.mean[:, None] + self.log_std.exp()[:, None] * noise
+        return before_tanh.tanh(), tanh_log_prob(noise, self.log_std[:, None], before_tanh)
+
+    def log_prob(self, actions: torch.Tensor) -> torch.Tensor:
+        """(n,), of given actions (n, act_dim); on the border, where it is infinite, of those just inside."""
+        assert actions.shape == self.mean.shape, (actions.shape, self.mean.shape)
+        before_tanh = actions.clamp(-1 + 1e-5, 1 - 1e-5).atanh()
+        noise = (before_tanh - self.mean) * (-self.log_std).exp()
+        return tanh_log_prob(noise, self.log_std, before_tanh)
+
+
+def tanh_log_prob(noise: torch.Tensor, log_std: torch.Tensor, before_tanh: torch.Tensor) -> torch.Tensor:
+    """Log-density of tanh(before_tanh), before_tanh = mean + std noise, summed over the last dimension.
+
+    log(1 - tanh(u)^2) = 2 (log 2 - u + log sigmoid(2 u)) is exact where tanh(u) rounds to 1.
+    """
+    normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_slope = 2 * (math.log(2) - before_tanh + nn.functional.logsigmoid(2 * before_tanh))
+    return (normal - log_slope).sum(-1)
+
+
+class TanhGaussianActor(nn.Module):
+    """CORL's CQL policy: mean and log-std from one network; the log-std passes a learned scale and offset."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, orthogonal: bool) -> None:
+        super().__init__()
+        self.network = initialize(mlp(obs_dim, hidden_dim, hidden_dim, hidden_dim, 2 * act_dim), orthogonal)
+        self.log_std_multiplier = nn.Parameter(torch.tensor(1.0))
+        self.log_std_offset = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, states: torch.Tensor) -> TanhGaussian:
+        """states: (n, obs_dim), normalised."""
+        mean, log_std = self.network(states).chunk(2, dim=1)
+        return TanhGaussian(mean, (self.log_std_multiplier * log_std + self.log_std_offset).clamp(-20, 2))
+
+
+def initialize(network: nn.Sequential, orthogonal: bool) -> nn.Sequential:
+    """CORL's start: orthogonal weights with gain sqrt 2 and zero biases in every layer, else a last layer near zero."""
+    for layer in network[::2] if orthogonal else ():
+        nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+        nn.init.zeros_(layer.bias)
+    if not orthogonal:
+        nn.init.xavier_uniform_(network[-1].weight, gain=1e-2)
+    return network
+
+
+class TwinCritic(nn.Module):
+    """Two Q-functions of the same inputs."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, n_hidden: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(mlp(obs_dim + act_dim, *[hidden_dim] * n_hidden, 1) for _ in range(2))
+
+    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """states: (n, obs_dim), normalised; actions: (n, act_dim). Returns Q, (2, n)."""
+        inputs = torch.cat([states, actions], dim=1)
+        return torch.stack([head(inputs).squeeze(1) for head in self.heads])
+
+
+def q_values(critic: nn.Module, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Q of k actions for each state, (2, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
+    n, k, act_dim = actions.shape
+    assert len(states) == n, (states.shape, actions.shape)
+    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(2, n, k)
+
+
+def conservative_gap(q: torch.Tensor, log_density: torch.Tensor, config: Any) -> torch.Tensor:
+    """Log-sum-exp of Q over the sampled actions minus Q of the data's action, clipped, mean over rows: (2,).
+
+    q: (2, n, 1 + m), the data's action first; log_density: (n, m), of each sampled action under what drew it.
+    """
+    assert q.shape[1:] == (len(log_density), 1 + log_density.shape[1]), (q.shape, log_density.shape)
+    terms = q[:, :, 1:] - log_density if config.cql_importance_sample else q  # without: the data's action, too, as CORL
+    soft_maximum = config.cql_temp * (terms / config.cql_temp).logsumexp(2)
+    return (soft_maximum - q[:, :, 0]).clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(1)
+
+
+# --- C-VAE and coefficient
+class ConditionalVAE(nn.Module):
+    """C-VAE of Section 3.2: encodes (s, a), reconstructs s' from (z, s, a); raw states and actions (Appendix B.1.2)."""
+
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, simple_decoder: bool) -> None:
+        super().__init__()
+        latent_dim = 2 * act_dim
+        decoder_hidden = [hidden_dim // 3] if simple_decoder else [hidden_dim] * 2
+        self.encoder = mlp(obs_dim + act_dim, hidden_dim, hidden_dim, 2 * latent_dim)
+        self.decoder = mlp(latent_dim + obs_dim + act_dim, *decoder_hidden, obs_dim)
+
+    def encode(self, states: torch.Tensor, actions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the mean z_m and the standard deviation z_s of z, each (n, latent_dim)."""
+        mean, log_std = self.encoder(torch.cat([states, actions], dim=1)).chunk(2, dim=1)
+        return mean, log_std.clamp(-4, 15).exp()
+
+    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two terms of Eq. (2): squared reconstruction error and KL to N(0, 1), means over rows and dimensions."""
+        mean, std = self.encode(batch.states, batch.actions)
+        z = mean + std * torch.randn_like(std)
+        error = self.decoder(torch.cat([z, batch.states, batch.actions], dim=1)) - batch.next_states
+        return error.square().mean(), -0.5 * (1 + 2 * std.log() - mean**2 - std**2).mean()
+
+
+def offline_degree(x_mean, x_std, mean, var, mean_weight: float, p_threshold: float) -> torch.Tensor:
+    """p(s, a), (n,), of encoder outputs (n, d), given the offline data's moments (2, d): row 0 of z_m, row 1 of z_s.
+
+    Our copy of the paper lacks Eqs. (3)-(6): p_M and p_S are two-sided tail probabilities, averaged over dimensions,
+    p_int = w p_M + (1 - w) p_S, and p is 0 below p_m [ours].
+    """
+    scale = (2 * var).sqrt().clamp_min(1e-12)
+    p_m = torch.special.erfc((x_mean - mean[0]).abs() / scale[0]).mean(1)
+    p_s = torch.special.erfc((x_std - mean[1]).abs() / scale[1]).mean(1)
+    p_int = mean_weight * p_m + (1 - mean_weight) * p_s
+    return torch.where(p_int >= p_threshold, p_int, torch.zeros_like(p_int))
+
+
+def merge_moments(n_1, mean_1, var_1, n_2, mean_2, var_2) -> tuple:
+    """Count, mean and (population) variance of the union of two samples from those of each."""
+    n = n_1 + n_2
+    mean = mean_1 + (mean_2 - mean_1) * (n_2 / n)
+    var = (n_1 * (var_1 + (mean_1 - mean) ** 2) + n_2 * (var_2 + (mean_2 - mean) ** 2)) / n
+    return n, mean, var
+
+
+def select_mastered(errors: torch.Tensor, share: float) -> torch.Tensor:
+    """Indices of the `share` of rows with the smallest errors (n,), at least one (Appendix B.1.4: 10 %)."""
+    return errors.topk(max(1, int(share * len(errors))), largest=False).indices
+
+
+class VAECoefficient(nn.Module):
+    """p^vae(s, a), Section 3.3: `vae`, updated online (Appendix B.1.4), or `static`, not."""
+
+    def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
+        super().__init__()
+        self.config = config
+        self.fit_iterations, self.adaptive = config.vae_iterations, config.coefficient == "vae"
+        self.vae = ConditionalVAE(obs_dim, act_dim, config.vae_hidden_dim, config.vae_simple_decoder)
+        self.register_buffer("beta", torch.tensor(config.vae_beta))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))  # rows behind the moments; 0: not fitted
+        self.register_buffer("mean", torch.zeros(2, 2 * act_dim))  # of z_m and of z_s
+        self.register_buffer("var", torch.ones(2, 2 * act_dim))
+        self.register_buffer("probe", torch.zeros(1000, obs_dim + act_dim))  # offline rows, looked at by the log only
+        self.to(device)
+        self.optimizers = {"vae": torch.optim.Adam(self.vae.parameters(), lr=config.vae_learning_rate, fused=True)}
+
+    @torch.no_grad()
+    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """p(s, a) of raw states (n, obs_dim) and actions (n, act_dim): (n,), 0 or in [p_threshold, 1]."""
+        outputs = self.vae.encode(states, actions)
+        return offline_degree(*outputs, self.mean, self.var, self.config.vae_mean_weight, self.config.p_threshold)
+
+    def fit_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        """One update on offline rows; `step` counts from 0."""
+        config = self.config
+        if not config.vae_kl_target:  # a fixed beta, or KL annealing (Appendix B.1.2)
+            self.beta.fill_(config.vae_beta * min(1.0, (step + 1) / max(1, config.vae_kl_annealing)))
+        reconstruction, kl = self.vae.losses(batch)
+        gradient_step(self.optimizers["vae"], reconstruction + self.beta * kl)
+        metrics = {"vae_reconstruction": reconstruction.detach(), "vae_kl": kl.detach(), "vae_beta": self.beta.clone()}
+        if config.vae_kl_target:  # under a fixed beta the posterior collapses easily: steer it [ours]
+            self.beta.mul_((0.01 * (kl.detach() / config.vae_kl_target - 1).clamp(-1, 1)).exp()).clamp_(1e-8, 1e4)
+        return metrics
+
+    @torch.no_grad()
+    def moments(self, batch: Batch) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Number of rows, and mean and variance of the encoder's outputs, (2, latent_dim); chunks bound the memory."""
+        chunks = [self.vae.encode(*chunk) for chunk in zip(batch.states.split(8192), batch.actions.split(8192))]
+        outputs = torch.stack([torch.cat(part) for part in zip(*chunks)]).double()
+        return len(batch.p), outputs.mean(1), outputs.var(1, correction=0)
+
+    def merge(self, batch: Batch) -> None:
+        """Take the rows of the batch into the normals N_M, N_S that describe what is in distribution (Section 3.3)."""
+        count, mean, var = merge_moments(self.count, self.mean.double(), self.var.double(), *self.moments(batch))
+        self.count.copy_(count), self.mean.copy_(mean), self.var.copy_(var)
+
+    def fit(self, offline: Batch) -> None:
+        """Fit the normals to all offline rows; keep some of these as a probe for the log."""
+        self.merge(offline)
+        every = torch.linspace(0, len(offline.p) - 1, len(self.probe), device=self.probe.device).long()
+        self.probe.copy_(torch.cat([offline.states, offline.actions], dim=1)[every])
+
+    def adapt(self, mastered: Batch, known: Batch) -> dict[str, float]:
+        """Learn mastered out-of-distribution rows without forgetting the known rows, those with p > 0 (Appendix B.1.4).
+
+        Trained on the mastered rows alone the encoder drifts until p is 0 everywhere. So half of each batch holds its
+        outputs on known rows, and an update that lowers their mean p all the same is undone [ours].
+        """
+        config, before, report = self.config, copy.deepcopy(self.state_dict()), {"mastered_rows": len(mastered.p)}
+        probe = self.probe.split([known.states.shape[1], known.actions.shape[1]], dim=1)
+        watched, half = {"mastered": mastered[:2], "known": known[:2], "probe": probe}, config.batch_size // 2
+        report |= {f"p_{key}_before": self(*rows).mean().item() for key, rows in watched.items()}
+        optimizer = torch.optim.Adam(self.vae.parameters(), lr=config.adapt_learning_rate, fused=True)
+        anchors = torch.cat(self.vae.encode(known.states, known.actions), dim=1).detach()
+        for _ in range(config.adapt_iterations):
+            learned, held = (torch.randint(len(rows.p), (half,), device=rows.p.device) for rows in (mastered, known))
+            reconstruction, kl = self.vae.losses(mastered.select(learned))
+            outputs = torch.cat(self.vae.encode(known.states[held], known.actions[held]), dim=1)
+            hold = config.adapt_hold * (outputs - anchors[held]).square().mean()
+            gradient_step(optimizer, reconstruction + self.beta * kl + hold)
+        self.merge(mastered)
+        report |= {f"p_{key}_after": self(*rows).mean().item() for key, rows in watched.items()}
+        report["adapt_accepted"] = int(report["p_known_before"] - report["p_known_after"] < config.adapt_max_drop)
+        if not report["adapt_accepted"]:
+            self.load_state_dict(before)
+        return report
+
+
+class ConstantCoefficient(nn.Module):
+    """The ablations that look at no sample: `even` p = 1/2, `random` p ~ U(0, 1), `none` p = 0."""
+
+    def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
+        super().__init__()
+        self.kind, self.fit_iterations, self.adaptive, self.optimizers = config.coefficient, 0, False, {}
+
+    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """p, (n,), of states (n, obs_dim)."""
+        if self.kind == "random":
+            return torch.rand(len(states), device=states.device)
+        return states.new_full((len(states),), 0.5 if self.kind == "even" else 0.0)
+
+
+COEFFICIENTS = dict.fromkeys(("vae", "static"), VAECoefficient)
+COEFFICIENTS |= dict.fromkeys(("even", "random", "none"), ConstantCoefficient)
+
+
+# --- CQL with SAMG
+class CQL(nn.Module):
+    """CQL (Kumar et al., 2020) as CORL runs it, with SAMG's target, Eq. (1), and penalty."""
+
+    ALGORITHM = "cql_samg"
+    METRICS = ("critic_loss", "actor_loss", "q_mean", "cql_gap", "entropy", "alpha", "alpha_prime")
+    METRICS += ("r_in_mean", "r_in_std")
+
+    def __init__(self, config: TrainConfig, env: Environment, device: str) -> None:
+        super().__init__()
+        self.config, self.updates = config, 0
+        self.actor = TanhGaussianActor(env.obs_dim, env.act_dim, config.hidden_dim, config.orthogonal_init)
+        self.critic = TwinCritic(env.obs_dim, env.act_dim, config.hidden_dim, config.q_n_hidden_layers)
+        for head in self.critic.heads:
+            initialize(head, config.orthogonal_init)
+        self.target_critic = frozen_copy(self.critic)
+        self.offline_critic = frozen_copy(self.critic)  # Q_off, set at the switch
+        self.period_critic = frozen_copy(self.critic)  # the target critic at the start of the coefficient's period
+        self.log_alpha = nn.Parameter(torch.zeros(()), requires_grad=config.use_automatic_entropy_tuning)
+        self.log_alpha_prime = nn.Parameter(torch.ones(()), requires_grad=config.cql_lagrange)
+        self.register_buffer("cql_alpha", torch.tensor(float(config.cql_alpha)))  # a buffer: the switch changes it
+        self.register_buffer("guidance_weight", torch.ones(()))
+        self.register_buffer("obs_mean", torch.zeros(env.obs_dim))
+        self.register_buffer("obs_std", torch.ones(env.obs_dim))
+        self.register_buffer("action_low", torch.from_numpy(env.action_low))
+        self.register_buffer("action_high", torch.from_numpy(env.action_high))
+        self.to(device)
+        adam = partial(torch.optim.Adam, fused=True)
+        self.optimizers = {"actor": adam(self.actor.parameters(), lr=config.policy_lr)}
+        self.optimizers["critic"] = adam(self.critic.parameters(), lr=config.qf_lr)
+        self.optimizers["alpha"] = adam([self.log_alpha], lr=config.policy_lr)
+        self.optimizers["alpha_prime"] = adam([self.log_alpha_prime], lr=config.qf_lr)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """The number of updates so far: part of the state_dict, and read without host synchronisation."""
+        return torch.tensor(self.updates)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.updates = int(state)
+
+    def normalize(self, states: torch.Tensor) -> torch.Tensor:
+        return (states - self.obs_mean) / self.obs_std
+
+    def to_unit(self, actions: torch.Tensor) -> torch.Tensor:
+        """From the environment's bounds to -1 and 1, between which policy and critics work."""
+        return (actions - (self.action_low + self.action_high) / 2) / ((self.action_high - self.action_low) / 2)
+
+    @torch.no_grad()
+    def act(self, observation: np.ndarray, deterministic: bool) -> np.ndarray:
+        """The policy's action, (act_dim,) in the environment's units, for a raw observation (obs_dim,)."""
+        low, high = self.action_low, self.action_high
+        policy = self.actor(self.normalize(torch.from_numpy(observation).to(low.device))[None])
+        unit = policy.mean.tanh() if deterministic else policy.sample(1)[0][:, 0]
+        return ((low + high) / 2 + (high - low) / 2 * unit).clamp(low, high)[0].cpu().numpy()
+
+    def update(self, batch: Batch, guided: bool) -> dict[str, torch.Tensor]:
+        """One step of policy, temperature and critics, each from the same old parameters, as CORL; unguided, p is 0."""
+        config, k, act_dim = self.config, self.config.cql_n_actions, batch.actions.shape[1]
+        states, next_states = self.normalize(batch.states), self.normalize(batch.next_states)
+        actions = self.to_unit(batch.actions)
+        self.updates += 1
+        metrics = {}
+
+        # --- Policy and temperature
+        policy = self.actor(states)
+        pi_actions, log_pi = (x.squeeze(1) for x in policy.sample(1))
+        alpha = config.alpha_multiplier * self.log_alpha.detach().exp()
+        alpha_loss = -(self.log_alpha * (log_pi.detach() - act_dim)).mean()  # target entropy -act_dim
+        if self.updates <= config.bc_steps:
+            actor_loss = (alpha * log_pi - policy.log_prob(actions)).mean()
+        else:
+            self.critic.requires_grad_(False)  # only the policy learns from this pass
+            actor_loss = (alpha * log_pi - self.critic(states, pi_actions).amin(0)).mean()
+            self.critic.requires_grad_(True)
+
+        # --- Target, Eq. (1)
+        with torch.no_grad():
+            next_policy = self.actor(next_states)
+            next_actions, next_log_pi = next_policy.sample(k if config.cql_max_target_backup else 1)
+            q_next, best = q_values(self.target_critic, next_states, next_actions).amin(0).max(1)
+            if guided:  # a' is the best action under the target critic for both [ours]
+                p = self.guidance_weight * batch.p
+                best_actions = next_actions.take_along_dim(best[:, None, None], dim=1).squeeze(1)
+                q_off = self.offline_critic(next_states, best_actions).amin(0)
+                r_in = config.discount * (1 - batch.dones) * p * (q_off - q_next)  # Section 4.1: as intrinsic reward
+                metrics |= {"r_in_mean": r_in.mean(), "r_in_std": r_in.std()}
+                q_next = (1 - p) * q_next + p * q_off
+            if config.backup_entropy:
+                q_next = q_next - alpha * next_log_pi.take_along_dim(best[:, None], dim=1).squeeze(1)
+            target = batch.rewards + config.discount * (1 - batch.dones) * q_next
+
+        # --- Conservative penalty: of sampled actions and of the data's in s, one pass of the critics
+        with torch.no_grad():
+            random_actions = actions.new_empty(len(actions), k, act_dim).uniform_(-1, 1)
+            next_actions, next_log_pi = next_policy.sample(k)
+            current_actions, current_log_pi = policy.sample(k)
+            random_log_density = torch.full_like(next_log_pi, -act_dim * math.log(2))  # uniform on (-1, 1)
+            log_density = torch.cat([random_log_density, next_log_pi, current_log_pi], dim=1)
+            all_actions = torch.cat([actions[:, None], random_actions, next_actions, current_actions], dim=1)
+        q = q_mix = q_values(self.critic, states, all_actions)
+        if guided:  # Appendix C.1: weighted by p; Q_mix = (1 - p) Q + p Q_off at every action, head by head [ours]
+            with torch.no_grad():
+                q_off = q_values(self.offline_critic, states, all_actions)
+            q_mix = (1 - p)[:, None] * q + p[:, None] * q_off
+        gap = conservative_gap(q_mix, log_density, config)
+
+        # --- Critics
+        td_loss = (q[:, :, 0] - target).square().mean(1).sum()
+        if config.cql_lagrange:  # the weight grows while the gap is above cql_target_action_gap
+            alpha_prime = self.log_alpha_prime.exp().clamp(0, 1e6)
+            excess = (self.cql_alpha * (gap - config.cql_target_action_gap)).sum()
+            critic_loss = td_loss + alpha_prime.detach() * excess
+            alpha_prime_loss = -0.5 * alpha_prime * excess.detach()
+            metrics["alpha_prime"] = alpha_prime.detach()
+        else:
+            critic_loss, alpha_prime_loss = td_loss + self.cql_alpha * gap.sum(), 0.0
+
+        # --- One step of each optimiser, from one backward pass: no parameter has a part in two of the losses
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        (actor_loss + critic_loss + alpha_loss + alpha_prime_loss).backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+        # --- Target critics
+        if self.updates % config.target_update_period == 0:
+            with torch.no_grad():
+                rate = config.soft_target_update_rate
+                torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], rate)
+        metrics |= {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "alpha": alpha}
+        metrics |= {"q_mean": q[:, :, 0].detach().mean(), "cql_gap": gap.detach().mean()}
+        metrics["entropy"] = -log_pi.detach().mean()
+        return metrics
+
+    @torch.no_grad()
+    def bellman_errors(self, batch: Batch) -> torch.Tensor:
+        """Of the critic against the period's first target critic, (n,); minimum of heads, mean action in s' [ours]."""
+        states, next_states = self.normalize(batch.states), self.normalize(batch.next_states)
+        q_next = self.period_critic(next_states, self.actor(next_states).mean.tanh()).amin(0)
+        target = batch.rewards + self.config.discount * (1 - batch.dones) * q_next
+        return (self.critic(states, self.to_unit(batch.actions)).amin(0) - target).abs()
+
+    def start_online(self) -> None:
+        """At the switch: freeze Q_off, the critic itself and not its Polyak copy [ours], and change cql_alpha."""
+        self.offline_critic.load_state_dict(self.critic.state_dict())
+        self.cql_alpha.fill_(self.config.cql_alpha_online)
+
+    def start_period(self, refresh: bool) -> None:
+        """Keep the target critic for this period's Bellman errors (B.1.4), also as Q_off if `refresh` (Algorithm 1)."""
+        for critic in (self.period_critic, self.offline_critic)[: 1 + refresh]:
+            critic.load_state_dict(self.target_critic.state_dict())
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A deep copy in eval mode without gradients."""
+    return copy.deepcopy(module).eval().requires_grad_(False)
+
+
+def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+
+
+# --- Evaluation
+def evaluate(agent: nn.Module, env: Environment, n_episodes: int, seed: int) -> dict[str, float]:
+    """Mean `score` (Environment.score) and undiscounted `return` of the deterministic policy over seeded episodes."""
+    scores, returns = [], []
+    for episode in tqdm(range(n_episodes), desc="evaluation", leave=False, delay=1):
+        observation, over = env.reset(derive_seed(seed, "evaluation", episode)), False
+        while not over:
+            observation, _, terminated, truncated = env.step(agent.act(observation, deterministic=True))
+            over = terminated or truncated
+        scores.append(env.score())
+        returns.append(env.episode_return)
+    return {"score": float(np.mean(scores)), "return": float(np.mean(returns))}
+
+
+# --- Checkpoint and log
+COLUMNS = (
+    *("score", "return", "train_return", "p_mean", "p_share", "p_q10", "p_q50", "p_q90", "guidance_weight"),
+    *("vae_reconstruction", "vae_kl", "vae_beta", "mastered_rows", "p_mastered_before", "p_mastered_after"),
+    *("p_known_before", "p_known_after", "p_probe_before", "p_probe_after", "adapt_accepted", "steps_per_second"),
+)
+
+
+def write_whole(path: Path, content: Any) -> None:
+    """Write bytes to a file whole or not at all: aside, fsync, rename."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, algorithm: type) -> dict[str, Any]:
+    """Read a checkpoint of this algorithm: tensors and plain Python values only."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["algorithm"] if isinstance(checkpoint, dict) else "something else"
+    except Exception as error:
+        fail(f"cannot read the checkpoint {path}: {str(error)[:200]}")
+    return checkpoint if found == algorithm.ALGORITHM else fail(f"{path} is of {found}, not of {algorithm.ALGORITHM}")
+
+
+def choose_device(name: str) -> str:
+    """auto: cuda where there is one, else cpu."""
+    try:
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+        return str(torch.zeros(1, device=name).device)
+    except Exception as error:
+        fail(f"no device {name!r} here ({str(error)[:100]}); --device auto takes what there is")
+
+
+class Run:
+    """A run's state, folder and log. `step`, offline then C-VAE updates then online steps, alone tells the phase."""
+
+    PROGRESS = ("step", "episode", "metrics_size", "dataset_checksum", "reward_scale", "reward_bias", "evaluations")
+    PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb", "collapsed")
+
+    def __init__(self, config: Any, algorithm: type) -> None:
+        self.config, self.algorithm, self.device = config, algorithm, choose_device(config.device)
+        folder = Path(config.runs_dir) / config.env.replace("/", "-") / f"{config.name}-seed{config.seed}"
+        self.folder = Path(config.resume) if config.resume else folder
+        self.env, self.eval_env = Environment(config.env), Environment(config.env)
+        torch.manual_seed(derive_seed(config.seed, "networks"))
+        self.agent = algorithm(config, self.env, self.device)
+        kind = COEFFICIENTS[config.coefficient if config.samg else "none"]
+        self.coefficient = kind(config, self.env.obs_dim, self.env.act_dim, self.device)
+        self.parts = {"agent": self.agent, "coefficient": self.coefficient} | self.agent.optimizers
+        self.parts |= self.coefficient.optimizers
+        self.keeps_offline_data = not config.samg and config.keep_offline_data
+        self.dataset = self.buffer = self.wandb = None  # the ReplayBuffers before and after the switch; wandb's run
+        self.step = self.episode = self.metrics_size = self.dataset_checksum = self.stop_signal = self.collapsed = 0
+        self.reward_scale, self.reward_bias, self.peak_memory_mb, self.adapt_report = 1.0, 0.0, 0.0, {}
+        self.evaluations: list[list] = []  # [is online, step within its phase, score, return]
+        self.train_episodes: list[list] = []  # [online step at its end, score, return]
+        self.seconds = dict.fromkeys(("vae", "offline", "environment", "online", "evaluation"), 0.0)
+
+    @property
+    def switch(self) -> int:
+        """The step at which the online phase begins."""
+        return self.config.offline_iterations + self.coefficient.fit_iterations
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {"algorithm": self.algorithm.ALGORITHM, "config": asdict(self.config)}
+        state |= {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"buffer": self.buffer and self.buffer.state_dict(), "random_cpu": torch.get_rng_state()}
+        state["random_cuda"] = torch.cuda.get_rng_state() if "cuda" in self.device else None
+        return state | {"progress": {name: getattr(self, name) for name in self.PROGRESS}}
+
+    def load_state_dict(self, state: dict[str, Any], whole: bool) -> None:
+        """Continue exactly where `state` was saved or, not `whole`, begin a new run at its switch."""
+        config, saved, progress, parts = self.config, state["config"], state["progress"], self.parts
+        if not whole:
+            if state["buffer"] or progress["step"] < saved["offline_iterations"]:
+                fail(f"{config.offline_checkpoint} is not from the switch: name a run's offline_checkpoint.pt")
+            names = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")
+            progress = {name: progress[name] for name in names}
+            progress["step"] = config.offline_iterations = saved["offline_iterations"]
+            if self.coefficient.fit_iterations and state["coefficient"].get("count", 0):
+                config.vae_iterations = self.coefficient.fit_iterations = saved["vae_iterations"]
+                progress["step"] = self.switch
+            else:  # no coefficient was fitted there, or none needs fitting here
+                parts = {"agent": self.agent} | self.agent.optimizers
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        for name, value in progress.items():
+            setattr(self, name, value)
+        self.load_dataset()
+        if state["buffer"]:
+            self.make_buffer()
+            self.buffer.load_state_dict(state["buffer"])
+        torch.set_rng_state(state["random_cpu"])
+        if state["random_cuda"] is not None and "cuda" in self.device:
+            torch.cuda.set_rng_state(state["random_cuda"])
+
+    def load_dataset(self) -> None:
+        """Load the offline data if this run still needs them: before the switch, or in the arm that keeps them."""
+        if self.step >= self.switch > 0 and not self.keeps_offline_data:
+            return
+        config, agent, path = self.config, self.agent, find_dataset(self.config.env, self.config.dataset)
+        rows, returns = load_dataset(path, self.env)
+        tqdm.write(f"{path}: {len(rows):,} transitions, {len(returns):,} complete episodes")
+        checksum = zlib.crc32(rows)
+        if self.dataset_checksum not in (0, checksum):
+            fail(f"{path} is not the data set that this run began with")
+        if not self.dataset_checksum:
+            self.dataset_checksum, states = checksum, rows[:, : self.env.obs_dim]
+            self.reward_scale, self.reward_bias = reward_transform(self.env, returns, config)
+            if config.normalize:
+                agent.obs_mean.copy_(torch.from_numpy(states.mean(0)))
+                agent.obs_std.copy_(torch.from_numpy(states.std(0) + 1e-3))
+        rewards = rows[:, self.env.obs_dim + self.env.act_dim]
+        rewards[:] = self.reward_scale * rewards + self.reward_bias
+        capacity = len(rows) + (config.online_iterations if self.keeps_offline_data else 0)
+        self.dataset = self.new_buffer(capacity)
+        self.dataset.load(rows)
+
+    def make_buffer(self) -> None:
+        """The online phase's: SAMG's, free of offline data, or CORL's, the offline rows with room for online ones."""
+        kept = self.keeps_offline_data
+        self.buffer, self.dataset = self.dataset if kept else self.new_buffer(self.config.buffer_size), None
+
+    def new_buffer(self, capacity: int) -> ReplayBuffer:
+        return ReplayBuffer(capacity, self.env.obs_dim, self.env.act_dim, self.device)
+
+    def remember(self, state, action, reward: float, next_state, terminated: bool) -> None:
+        """Put an online transition into the buffer, with its p."""
+        p = self.coefficient(*(torch.from_numpy(x[None]).to(self.device) for x in (state, action))).item()
+        self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
+
+    def end_episode(self, terminated: bool) -> None:
+        """An online episode is over, by its own end or by the time limit."""
+        self.train_episodes.append([self.step - self.switch, self.env.score(), self.env.episode_return])
+
+    def update_coefficient(self) -> None:
+        """Algorithm 1, lines 15-19: learn mastered out-of-distribution rows, recompute p, refresh the frozen critic."""
+        config, agent, coefficient = self.config, self.agent, self.coefficient
+        if coefficient.adaptive:
+            recent, stored = self.buffer.latest(config.coefficient_frequency), self.buffer.stored()
+            candidates, known = recent.select(recent.p == 0), stored.select(stored.p > 0)
+            if min(len(candidates.p), len(known.p)) < config.batch_size:
+                counts = f"{len(candidates.p)} new rows with p = 0, {len(known.p)} with p > 0"
+                tqdm.write(f"coefficient not updated: {counts}")
+            else:
+                mastered = select_mastered(agent.bellman_errors(candidates), config.mastered_share)
+                self.adapt_report = coefficient.adapt(candidates.select(mastered), known)
+                stored.p.copy_(coefficient(stored.states, stored.actions))
+                if not self.adapt_report["adapt_accepted"]:
+                    tqdm.write("coefficient update undone: it lowered p on known rows")
+        agent.start_period(config.refresh_offline_critic)
+
+    def open_log(self) -> None:
+        """Write config.yaml if new, and open metrics.csv, cut back to where the checkpoint saw it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.config.wandb:
+            self.wandb = start_wandb(self.config, self.folder, self.algorithm.ALGORITHM)
+        if not (self.folder / "config.yaml").exists():
+            pyrallis.dump(self.config, stream := io.StringIO())
+            write_whole(self.folder / "config.yaml", stream.getvalue().encode())
+        self.metrics_file = open(self.folder / "metrics.csv", "a", newline="")
+        self.metrics_file.truncate(self.metrics_size)
+        columns = ("step", "phase", *self.algorithm.METRICS, *COLUMNS)
+        self.metrics = csv.DictWriter(self.metrics_file, columns, restval="")
+        if not self.metrics_size:
+            self.metrics.writeheader()
+        self.saved_step = self.step
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.request_stop)
+
+    def request_stop(self, number: int, frame: Any) -> None:
+        if self.stop_signal:
+            raise SystemExit(f"stopped at once; to go on from the last checkpoint: --resume {self.folder}")
+        self.stop_signal = number
+        tqdm.write("stopping when this update or training episode is over (again: at once)", file=sys.stderr)
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        for key, value in self.agent.state_dict().items():
+            if not torch.isfinite(value).all():
+                fail(f"{key} is not finite at step {self.step}, the run has diverged: try a smaller learning rate")
+        self.metrics_size, self.saved_step = self.metrics_file.tell(), self.step
+        self.peak_memory_mb = max(self.peak_memory_mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        os.fsync(self.metrics_file.fileno())
+        torch.save(self.state_dict(), stream := io.BytesIO())
+        write_whole(self.folder / name, stream.getbuffer())
+
+    def save_if_due(self) -> None:
+        """Called wherever a run can be continued from: between updates, online between episodes."""
+        if self.stop_signal or self.step - self.saved_step >= self.config.checkpoint_frequency:
+            self.save()
+        if self.stop_signal:
+            tqdm.write(f"saved; to go on: python {sys.argv[0]} --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + self.stop_signal)
+
+    def bar(self, phase: str, total: int, done: int) -> tqdm:
+        self.clock, self.clock_step = time.perf_counter(), self.step
+        score = {"score": f"{self.evaluations[-1][2]:.1f}"} if self.evaluations else None
+        return tqdm(total=total, initial=done, desc=phase, mininterval=0.5, dynamic_ncols=True, postfix=score)
+
+    def report(self, phase: str, step: int, metrics: dict[str, torch.Tensor], bar: tqdm) -> None:
+        """After every step: move the bar, and evaluate and write a row of metrics.csv when due."""
+        bar.update()
+        evaluates = phase != "vae" and (step % self.config.eval_frequency == 0 or step == bar.total)
+        if not evaluates and step % self.config.log_frequency and step != bar.total:
+            return
+        row = {name: value.item() for name, value in metrics.items()}
+        if bad := [name for name, value in row.items() if not math.isfinite(value)]:
+            fail(f"{bad[0]} is {row[bad[0]]} in {phase} step {step}: the run has diverged; try a smaller learning rate")
+        self.collapsed = self.collapsed + 1 if row.get("vae_kl", 1.0) < 1e-3 else 0
+        if self.collapsed == 3:
+            tqdm.write("warning: the C-VAE's KL stays below 1e-3: its posterior has collapsed, and p tells nothing")
+        rate = (self.step - self.clock_step) / (time.perf_counter() - self.clock)
+        row |= {"step": step, "phase": phase, "steps_per_second": round(rate, 1), **self.adapt_report}
+        if phase == "online":
+            p = self.buffer.stored().p
+            quantiles = torch.quantile(p, torch.tensor([0.1, 0.5, 0.9], device=p.device)).tolist()
+            row |= dict(zip(("p_q10", "p_q50", "p_q90"), quantiles)) | {"p_mean": p.mean().item()}
+            row |= {"p_share": (p > 0).float().mean().item(), "guidance_weight": self.agent.guidance_weight.item()}
+            row["train_return"] = self.train_episodes[-1][2] if self.train_episodes else ""
+        if evaluates:
+            start = time.perf_counter()
+            result = evaluate(self.agent, self.eval_env, self.config.n_test_episodes, self.config.eval_seed)
+            self.seconds["evaluation"] += time.perf_counter() - start
+            self.evaluations.append([phase == "online", step, result["score"], result["return"]])
+            bar.set_postfix(score=f"{result['score']:.1f}")
+            row |= result
+        self.metrics.writerow(row)
+        self.metrics_file.flush()
+        if self.wandb:
+            self.wandb.log({f"{phase}/{name}": row[name] for name in row if name != "phase"}, step=self.step)
+        self.clock, self.clock_step, self.adapt_report = time.perf_counter(), self.step, {}
+
+    def finish(self) -> None:
+        """Write the last checkpoint and summary.json (fields in the README), and print the closing table."""
+        self.save()
+        offline = [score for online, _, score, _ in self.evaluations if not online] or [math.nan]
+        online = [score for online, _, score, _ in self.evaluations if online] or [math.nan]
+        early = [score for online, step, score, _ in self.evaluations if online and step <= 10_000] or [math.nan]
+        train = np.array(self.train_episodes or [[math.nan] * 3]).mean(0)
+        unit = 100 if self.env.normalized else math.nan
+        scores = {"offline_score": offline[-1], "final_score": online[-1], "best_score": max(online)}
+        scores |= {"switch_drop": offline[-1] - min(early), "regret": 1 - np.mean(online) / unit}
+        scores |= {"train_return": train[2], "train_regret": 1 - train[1] / unit}
+        summary = {name: float(score) if math.isfinite(score) else None for name, score in scores.items()}
+        summary |= {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+        summary |= asdict(self.config) | {"algorithm": self.algorithm.ALGORITHM, "device": self.device}
+        if "cuda" in self.device:
+            summary["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        if self.wandb:
+            self.wandb.summary.update(summary)
+            self.wandb.finish()
+        print(f"\n{self.config.env}, {self.config.name}, seed {self.config.seed}: {self.folder}")
+        print("\n".join(f"  {name:14}{score:9.3f}" for name, score in scores.items()))
+        print("  seconds       " + ", ".join(f"{name} {value:.0f}" for name, value in self.seconds.items()))
+
+
+def start_wandb(config: Any, folder: Path, algorithm: str) -> Any:
+    """A wandb run, named and grouped as CORL's are; without a key, one line says what to do."""
+    group, name = config.group or f"{algorithm}-{config.env}", f"{config.name}-{config.env}-seed{config.seed}"
+    key = f"{zlib.crc32(str(folder.resolve()).encode()):08x}"  # of the folder, so that a resumed run goes on
+    try:
+        import wandb
+
+        names = {"project": config.project, "group": group, "name": name, "id": key}
+        return wandb.init(**names, resume="allow", dir=folder, config=asdict(config))
+    except Exception as error:
+        fail(f"wandb: {str(error)[:200]}; run `wandb login`, or set WANDB_MODE=offline, or leave out --wandb true")
+
+
+# --- Training loop
+def train_on_dataset(run: Run, phase: str, first: int, last: int, update: Callable) -> None:
+    """Steps first to last: one `update(batch, step)` each, on offline rows."""
+    if run.step == first:
+        torch.manual_seed(derive_seed(run.config.seed, phase))
+    with run.bar(phase, last - first, run.step - first) as bar:
+        while run.step < last:
+            run.save_if_due()
+            start = time.perf_counter()
+            metrics = update(run.dataset.sample(run.config.batch_size), run.step - first)
+            run.seconds[phase] += time.perf_counter() - start
+            run.step += 1
+            run.report(phase, run.step - first, metrics, bar)
+
+
+def finetune_online(run: Run) -> None:
+    """Algorithm 1: fine-tune on online samples, with p stored beside each when it enters the buffer."""
+    config, agent, env = run.config, run.agent, run.env
+    warmup = 0 if run.keeps_offline_data else config.warmup_steps  # there, the buffer is full from the start
+    if run.buffer is None:
+        torch.manual_seed(derive_seed(config.seed, "online"))
+        agent.start_online()
+        agent.start_period(refresh=False)
+        run.make_buffer()
+    end = run.switch + config.online_iterations
+    with run.bar("online", config.online_iterations, run.step - run.switch) as bar:
+        while run.step < end:
+            run.save_if_due()
+            observation, over = env.reset(derive_seed(config.seed, "episode", run.episode)), False
+            run.episode += 1
+            while not over and run.step < end:
+                step, metrics, start = run.step - run.switch + 1, {}, time.perf_counter()
+                action = agent.act(observation, deterministic=False)
+                next_observation, reward, terminated, truncated = env.step(action)
+                middle = time.perf_counter()
+                run.remember(observation, action, reward, next_observation, terminated)
+                observation, over = next_observation, terminated or truncated
+                if step > warmup:
+                    agent.guidance_weight.fill_(guidance_weight(config, step))
+                    metrics = agent.update(run.buffer.sample(config.batch_size), guided=config.samg)
+                run.step += 1
+                if over:
+                    run.end_episode(terminated)
+                if config.samg and step % config.coefficient_frequency == 0:
+                    run.update_coefficient()
+                run.seconds["environment"] += middle - start
+                run.seconds["online"] += time.perf_counter() - middle
+                run.report("online", step, metrics, bar)
+
+
+def guidance_weight(config: Any, step: int) -> float:
+    """1; 0 after guidance_steps, where that is set (Appendix C.4), or with guidance_fade falling linearly to 0."""
+    left = 1 - step / config.guidance_steps if config.guidance_steps else 1.0
+    return max(0.0, left) if config.guidance_fade else float(left >= 0)
+
+
+def train(run: Run) -> None:
+    """A whole run, or the rest of one."""
+    config, algorithm = run.config, run.algorithm
+    if not config.resume and (run.folder / "config.yaml").exists():
+        fail(f"{run.folder} holds a run already: --resume it, choose another --name or --seed, or remove it")
+    last = run.folder / "checkpoint.pt"
+    resumes = bool(config.resume) and last.is_file()  # a run stopped before its first checkpoint starts again
+    if resumes or config.offline_checkpoint:
+        source = last if resumes else Path(config.offline_checkpoint)
+        try:
+            run.load_state_dict(load_checkpoint(source, algorithm), whole=resumes)
+        except (RuntimeError, ValueError, KeyError) as error:
+            fail(f"{source} does not fit this run: {str(error)[:300]}")
+    else:
+        run.load_dataset()
+    run.open_log()
+    tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s)")
+    agent, coefficient, offline, switch = run.agent, run.coefficient, config.offline_iterations, run.switch
+    if run.step < offline:
+        train_on_dataset(run, "offline", 0, offline, lambda batch, step: agent.update(batch, guided=False))
+    if run.step < switch:
+        train_on_dataset(run, "vae", offline, switch, coefficient.fit_step)
+        coefficient.fit(run.dataset.stored())
+    if run.buffer is None:
+        run.save("offline_checkpoint.pt")
+        run.save()
+    finetune_online(run)
+    run.finish()
+
+
+# --- Main
+def main(algorithm: type, config_class: type, run_class: type) -> None:
+    """Command line: train, --resume, or --eval_only."""
+    config = parse_config(config_class, sys.argv[1:])
+    if config.eval_only:
+        checkpoint = load_checkpoint(Path(config.eval_only), algorithm)
+        given = {name: getattr(config, name) for name in ("device", "threads", "n_test_episodes", "eval_seed")}
+        config = config_class(**checkpoint["config"] | given)
+        torch.set_num_threads(config.threads)
+        env = Environment(config.env)
+        agent = algorithm(config, env, choose_device(config.device))
+        agent.load_state_dict(checkpoint["agent"])
+        result = evaluate(agent, env, config.n_test_episodes, config.eval_seed)
+        return print(f"{config.env}, {config.n_test_episodes} episodes: {json.dumps(result)}")
+    if config.resume:
+        own = ["--config", str(Path(config.resume) / "config.yaml")]
+        saved, config = parse_config(config_class, own), parse_config(config_class, [*own, *sys.argv[1:]])
+        changed = {name for name, value in asdict(config).items() if getattr(saved, name) != value}
+        if forbidden := sorted(changed - {"resume", "device", "threads", "wandb", "checkpoint_frequency"}):
+            fail(f"--resume continues a run with its own configuration; {', '.join(forbidden)} cannot change")
+    try:
+        torch.set_num_threads(config.threads)
+        train(run_class(config, algorithm))
+    except OSError as error:
+        fail(f"{error}; what was saved before is whole: make room or give access, then --resume the run's folder")
+
+
+if __name__ == "__main__":
+    main(CQL, TrainConfig, Run)
