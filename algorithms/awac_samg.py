@@ -814,6 +814,8 @@ class Run:
             else:  # no coefficient was fitted there, or none needs fitting here
                 parts = {"agent": self.agent} | self.agent.optimizers
         for name, part in parts.items():
+            if not whole and isinstance(part, torch.optim.Optimizer):  # with this run's own step sizes
+                state[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state[name])
         for name, value in progress.items():
             setattr(self, name, value)
