@@ -979,7 +979,8 @@ class Run:
         summary |= asdict(self.config) | {"algorithm": self.algorithm.ALGORITHM, "device": self.device}
         if "cuda" in self.device:
             summary["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        summary = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in summary.items()}
+        write_whole(self.folder / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         if self.wandb:
             self.wandb.summary.update(summary)
             self.wandb.finish()
@@ -1039,8 +1040,8 @@ def finetune_online(run: Run) -> None:
                 run.remember(observation, action, reward, next_observation, terminated)
                 observation, over = next_observation, terminated or truncated
                 if step > warmup:
-                    agent.guidance_weight.fill_(guidance_weight(config, step))
-                    metrics = agent.update(run.buffer.sample(config.batch_size), guided=config.samg)
+                    agent.guidance_weight.fill_(weight := guidance_weight(config, step))
+                    metrics = agent.update(run.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
                 run.step += 1
                 if over:
                     run.end_episode(terminated)

@@ -275,6 +275,15 @@ def test_online_phase_from_the_offline_checkpoint_is_the_same(finished, call, tm
         assert summaries[0][name] == summaries[1][name]
 
 
+def test_online_phase_from_an_offline_checkpoint_has_its_own_step_sizes(finished, call, tmp_path):
+    source = finished.folder / "offline_checkpoint.pt"
+    states = checkpoint(start_online(call, source, tmp_path, online_iterations=120, learning_rate=1e-5))
+    for name in ("actor", "critic"):
+        assert states[name]["param_groups"][0]["lr"] == 1e-5
+        offline = checkpoint(finished.folder, "offline_checkpoint.pt")[name]["state"][0]["step"]
+        assert states[name]["state"][0]["step"] == offline + 20  # with the moments from before the switch
+
+
 @pytest.fixture(scope="module")
 def arms(finished, hopper_file, call, tmp_path_factory):
     """One short online phase for each arm, all from one offline checkpoint."""

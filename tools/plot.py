@@ -1,6 +1,6 @@
 """Plot learning curves and p over time from the metrics.csv of runs.
 
-    python tools/plot.py runs/Hopper-v4/quickstart-seed* --output docs/quickstart.png
+    python tools/plot.py runs/Hopper-v4/awac-quickstart-seed* --output docs/quickstart.png
 
 Runs whose folders differ in the seed only are drawn in one colour. Needs requirements-dev.txt.
 """

@@ -2,7 +2,8 @@
 
     python tools/watch.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --output hopper.mp4
 
-Needs requirements-dev.txt. Without a screen, set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) before the command.
+Needs requirements-dev.txt. Without a screen, set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) before the command; on
+Debian they are in the packages libegl1 and libosmesa6.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
+NO_SCREEN = "without a screen, set MUJOCO_GL=egl or osmesa and install their libraries (Debian: libegl1, libosmesa6)"
 
 
 def load_policy(path: Path):
@@ -28,7 +30,10 @@ def load_policy(path: Path):
         raise SystemExit(f"error: cannot read the checkpoint {path}: {error}") from None
     algorithm = next(value for value in vars(module).values() if hasattr(value, "ALGORITHM"))
     config = module.TrainConfig(**checkpoint["config"])
-    env = module.Environment(config.env, render_mode="rgb_array")
+    try:
+        env = module.Environment(config.env, render_mode="rgb_array")
+    except SystemExit as stop:
+        raise SystemExit(f"{stop.code}; {NO_SCREEN}") from None
     agent = algorithm(config, env, "cpu")
     agent.load_state_dict(checkpoint["agent"])
     return agent, env
@@ -60,9 +65,7 @@ def main() -> None:
                 scores.append(env.score())
     except Exception as error:
         args.output.unlink(missing_ok=True)
-        raise SystemExit(
-            f"error: cannot render {env.name}: {error}; without a screen, set MUJOCO_GL=egl or osmesa"
-        ) from None
+        raise SystemExit(f"error: cannot render {env.name}: {error}; {NO_SCREEN}") from None
     print(f"{args.output}: scores {', '.join(f'{score:.1f}' for score in scores)}")
 
 
