@@ -10,24 +10,49 @@ import h5py
 import numpy as np
 import pytest
 
+pytest.register_assert_rewrite("reference", "reference_cql", "runs")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_algorithm(name):
-    """Import algorithms/<name>.py as a module of its own."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "algorithms" / f"{name}.py")
+def load_module(path):
+    """Import a file of the repository as a module of its own."""
+    path = ROOT / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="session")
 def awac():
-    return load_algorithm("awac_samg")
+    return load_module("algorithms/awac_samg.py")
 
 
-# --- Whole runs (test_run.py, test_bad_inputs.py)
+@pytest.fixture(scope="session")
+def iql():
+    return load_module("algorithms/iql_samg.py")
+
+
+@pytest.fixture(scope="session")
+def cql():
+    return load_module("algorithms/cql_samg.py")
+
+
+@pytest.fixture(scope="session")
+def calql():
+    return load_module("algorithms/calql_samg.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sources():
+    """pyrallis parses a whole file once for every field's help text: here, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
+        yield
+
+
+# --- Whole runs
 def write_dataset(path, columns):
     """Write the arrays of a data set in D4RL's layout."""
     with h5py.File(path, "w") as file:
@@ -60,6 +85,19 @@ def options(settings):
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
+def run_main(algorithm, run_class, *words, **settings):
+    """The command line of an algorithm's file in this process, which saves the imports of a new one."""
+    module = sys.modules[algorithm.__module__]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words), *options(settings)])
+        try:
+            module.main(algorithm, module.TrainConfig, run_class)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def hopper_columns():
     return roll_out("Hopper-v4", 1500)
@@ -72,18 +110,5 @@ def hopper_file(hopper_columns, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def call(awac):
-    """call("--resume", folder, seed=1): the command line in this process, which saves the imports of a new one."""
-
-    def call(*words, **settings):
-        argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        sys.argv = ["awac_samg.py", *map(str, words), *options(settings)]
-        try:
-            awac.main(awac.AWAC, awac.TrainConfig, awac.Run)
-        finally:
-            sys.argv = argv
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    with pytest.MonkeyPatch.context() as patch:  # pyrallis parses the whole file once for every field's help text
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        yield call
+    """call("--resume", folder, seed=1): AWAC's command line in this process."""
+    return functools.partial(run_main, awac.AWAC, awac.Run)

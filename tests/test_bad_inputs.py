@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, options, write_dataset
+from runs import copies_at
 
 SCRIPT = ROOT / "algorithms" / "awac_samg.py"
 TINY = {
@@ -68,16 +69,10 @@ def refused_in_a_process(names, words, tmp_path, **environment):
 @pytest.fixture(scope="module")
 def run(call, awac, hopper_file, tmp_path_factory):
     """Folders of a finished run, and of the same run stopped in the offline phase ("halted", step 25, saved at 15)."""
-    tmp, report = tmp_path_factory.mktemp("run"), awac.Run.report
-
-    def report_and_copy(run, phase, step, *rest):
-        report(run, phase, step, *rest)
-        if (phase, step) == ("offline", 25):
-            shutil.copytree(run.folder, tmp / "halted")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(awac.Run, "report", report_and_copy)
+    tmp = tmp_path_factory.mktemp("run")
+    with copies_at([("offline", 25)], awac.Run, tmp):
         call(dataset=hopper_file, runs_dir=tmp, **TINY)
+    (tmp / "offline25").rename(tmp / "halted")
     (tmp / "Hopper-v4" / "awac-samg-seed0").rename(tmp / "finished")
     return tmp
 

@@ -1,47 +1,19 @@
 """Cal-QL: its calibrated penalty, the returns-to-go behind it, and the batches of CORL's fine-tuning."""
 
+import functools
 import math
-import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_algorithm, write_dataset
-from test_cql import (
-    ADROIT,
-    ANTMAZE,
-    CASES,
-    CORL,
-    CORL_ANTMAZE,
-    LOCOMOTION,
-    MIXED_P,
-    PAPER,
-    PAPER_ANTMAZE,
-    PLAIN,
-    SIZES,
-    TASKS,
-    TINY,
-    VARIANTS,
-    after_updates,
-    call,
-    check_config,
-    check_no_synchronisation,
-    check_two_updates,
-    make_agent,
-    make_batch,
-    run_with_snapshots,
-)
-from test_run import assert_same_run, checkpoint, command, numbers, only_folder, rows
+from conftest import ROOT, run_main, write_dataset
+from reference import CASES, MIXED_P, WITHOUT_WEIGHT, equal, make_batch
+from reference_cql import PLAIN, SIZES, TINY, VARIANTS, check_no_synchronisation, check_two_updates, make_agent, updated
+from runs import check_resumes, checkpoint, numbers, only_folder, rows, run_script
 
-CLASSES = ("CalQL", "TrainConfig", "CalQLRun")
 # Returns of the rows in the update's tests: no bound, one that none of the policy's actions reaches, and some between
 BOUNDS = [-math.inf, 20.0, 0.0, 0.3, -0.5, 0.1, -1.0, 0.5]
-
-
-@pytest.fixture(scope="session")
-def calql():
-    return load_algorithm("calql_samg")
 
 
 # --- The update
@@ -64,8 +36,7 @@ def first_gradients(module, name, extra, p=0.0, guided=False):
     return metrics, [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
 
 
-def test_without_bounds_it_is_cql(calql):
-    cql = load_algorithm("cql_samg")
+def test_without_bounds_it_is_cql(calql, cql):
     for p, guided in ((0.0, False), (MIXED_P, True)):
         metrics, gradients = first_gradients(calql, "CalQL", -math.inf, p, guided)
         plain_metrics, plain = first_gradients(cql, "CQL", 7.0, p, guided)
@@ -101,10 +72,8 @@ def test_a_high_bound_stops_pushing_down_the_policys_actions_but_not_the_others(
 
 
 def test_guided_without_weight_is_bit_for_bit_unguided(calql):
-    for p, guidance in ((0.0, 1.0), (MIXED_P, 0.0)):
-        guided = after_updates(calql, "CalQL", p, True, guidance)
-        plain = after_updates(calql, "CalQL", MIXED_P, False)
-        assert len(guided) == len(plain) and all(map(torch.equal, guided, plain))
+    for p, guidance in WITHOUT_WEIGHT.values():
+        assert equal(updated(calql, "CalQL", p, True, guidance), updated(calql, "CalQL", MIXED_P, False))
 
 
 def test_calibration_stays_on_after_the_switch(calql):
@@ -315,18 +284,6 @@ def test_offline_batches_of_both_arms_are_the_same(calql):
 
 
 # --- Configuration
-OURS_ADROIT = {"is_sparse_reward": True, "hidden_dim": 512, "reward_scale": 10.0, "reward_bias": 5.0}
-CALQL_TASKS = {name: TASKS[name] | {"mixing_ratio": 0.5, "is_sparse_reward": False} for name in LOCOMOTION}
-SPARSE = CORL_ANTMAZE | PAPER_ANTMAZE | {"p_threshold": 0.6, "mixing_ratio": 0.5, "is_sparse_reward": True}
-CALQL_TASKS |= {f"antmaze_{maze}": SPARSE for maze in ANTMAZE}
-CALQL_TASKS |= {f"{hand}_binary": TASKS[f"{hand}_binary"] | OURS_ADROIT for hand in ADROIT}
-
-
-@pytest.mark.parametrize("name", CALQL_TASKS)
-def test_configs_hold_corls_and_the_papers_values(calql, name):
-    check_config(calql, "calql", name, CORL | PAPER | CALQL_TASKS[name])
-
-
 @pytest.mark.parametrize("values", [{"mixing_ratio": 1.5}, {"is_sparse_reward": True, "discount": 1.0}])
 def test_values_that_no_run_can_use_are_refused(calql, values):
     with pytest.raises(ValueError, match=next(iter(values))):
@@ -338,12 +295,8 @@ def test_values_that_no_run_can_use_are_refused(calql, values):
 def test_resumed_run_equals_the_uninterrupted_one(calql, samg, hopper_file, tmp_path):
     moments = [("offline", 50), ("online", 90), ("online", 290)]
     settings = TINY | {"dataset": hopper_file, "samg": samg}
-    whole = run_with_snapshots(calql, CLASSES, tmp_path, moments, **settings)
-    for phase, step in moments:
-        folder = tmp_path / f"{phase}{step}"
-        assert len(rows(folder)) < len(rows(whole))
-        call(calql, CLASSES, "--resume", folder)
-        assert_same_run(folder, whole)
+    call = functools.partial(run_main, calql.CalQL, calql.CalQLRun)
+    whole = check_resumes(call, moments, calql.CalQLRun, tmp_path, **settings)
     stored = checkpoint(whole)["buffer"]["rows"]
     assert len(stored) == (300 if samg == "true" else 320)
     finished = stored[:, -1].isfinite()
@@ -352,10 +305,7 @@ def test_resumed_run_equals_the_uninterrupted_one(calql, samg, hopper_file, tmp_
 
 
 def test_run_from_end_to_end(hopper_file, tmp_path):
-    words = command(ROOT / "algorithms" / "calql_samg.py", dataset=hopper_file, runs_dir=tmp_path, **TINY)
-    process = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert "Traceback" not in process.stderr and "Warning" not in process.stderr
+    run_script(ROOT / "algorithms" / "calql_samg.py", dataset=hopper_file, runs_dir=tmp_path, **TINY)
     folder = only_folder(tmp_path)
     assert [len(rows(folder, phase)) for phase in ("offline", "vae", "online")] == [6, 4, 32]
     assert len(numbers(folder, "offline", "bound_rate")) == 6 and len(numbers(folder, "online", "bound_rate")) == 28

@@ -1,104 +1,80 @@
-"""IQL with SAMG's target on values, against a numpy implementation that is written from the formulas; its configs."""
+"""IQL with SAMG's target on values, against a numpy implementation that is written from the formulas; whole runs."""
 
 import copy
 import functools
-import inspect
 import itertools
 import json
 import shutil
-import signal
-import subprocess
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import ROOT, load_algorithm, options
-from test_run import TINY, assert_equal, assert_same_run, checkpoint, numbers, only_folder, rows
+from conftest import ROOT, run_main
+from reference import (
+    CASES,
+    CRITICS_OF_P,
+    ENV,
+    HIGH,
+    LOW,
+    MIXED_P,
+    ROWS,
+    SOME_DONE,
+    WITHOUT_WEIGHT,
+    adam,
+    after_updates,
+    assert_gradients,
+    backward,
+    check_bellman_errors_by_hand,
+    check_sampled_actions_reach_both_borders,
+    check_update_is_finite,
+    equal,
+    forward,
+    make_constant,
+    min_q,
+    normalized,
+    on_the_border,
+    polyak,
+    r_in_metrics,
+    same,
+    scattered_agent,
+    update_in_period,
+    values_of,
+)
+from reference import make_batch as make_plain_batch
+from runs import (
+    TINY,
+    assert_equal,
+    assert_plain_fine_tuning,
+    assert_same_run,
+    checkpoint,
+    copies_at,
+    numbers,
+    only_folder,
+    rows,
+    run_script,
+)
 
-torch.set_num_threads(1)
-LOW, HIGH = np.array([-1.0, -0.5]), np.array([1.0, 0.75])
 CENTER, SCALE = (HIGH + LOW) / 2, (HIGH - LOW) / 2
-ENV = SimpleNamespace(obs_dim=3, act_dim=2, action_low=LOW.astype(np.float32), action_high=HIGH.astype(np.float32))
-ROWS = 8
-MIXED_P = [0.0, 0.6, 1.0, 0.75, 0.0, 0.9, 0.61, 0.0]
-SOME_DONE = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0]
 NETWORKS = ("actor", "critic", "value")
 
 
-@pytest.fixture(scope="module")
-def iql():
-    return load_algorithm("iql_samg")
-
-
 def make_agent(iql, **values):
-    """An agent in float64, with observation statistics, whose networks all differ."""
-    torch.manual_seed(0)
     given = {"hidden_dim": 8, "actor_lr": 0.01, "qf_lr": 0.02, "vf_lr": 0.03, "offline_iterations": 6} | values
-    agent = iql.IQL(iql.TrainConfig(**given), ENV, "cpu").double()
-    with torch.no_grad():
-        for parameter in agent.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-        agent.value.v[-1].bias.sub_(1.4)  # so that there are advantages of both signs
-        agent.obs_mean.copy_(torch.tensor([0.5, -1.0, 2.0]))
-        agent.obs_std.copy_(torch.tensor([0.5, 2.0, 1.5]))
+    agent = scattered_agent(iql.IQL, iql.TrainConfig(**given), 0.5)
+    agent.value.v[-1].bias.data.sub_(1.4)  # so that there are advantages of both signs
     return agent
 
 
 def make_batch(iql, agent, p=0.0, dones=0.0):
     """Random rows with V_off(s') beside them."""
-    random, ones = np.random.default_rng(1), np.ones(ROWS)
-    states, next_states = random.normal(size=(2, ROWS, 3))
-    actions, rewards = random.uniform(LOW, HIGH, (ROWS, 2)), random.normal(size=ROWS)
-    columns = (states, actions, rewards, next_states, dones * ones, p * ones, 0 * ones)
-    batch = iql.Batch(*map(torch.from_numpy, columns))
+    batch = make_plain_batch(iql, p, dones)
     batch.extra.copy_(agent.offline_values(batch.next_states))
     return batch
 
 
-# --- The reference: `values` is the agent's state_dict as float64 arrays
-def values_of(agent):
-    return {name: tensor.numpy().copy() for name, tensor in agent.state_dict().items()}
-
-
-def forward(values, network, x):
-    """The inputs of the three linear layers, then the output."""
-    path = [x]
-    for i in (0, 2, 4):
-        x = x @ values[f"{network}.{i}.weight"].T + values[f"{network}.{i}.bias"]
-        path.append(x := np.maximum(x, 0) if i < 4 else x)
-    return path
-
-
-def backward(values, network, path, gradient):
-    """Gradients of weights and biases from the gradient of the output."""
-    gradients = {}
-    for i, x in zip((4, 2, 0), path[-2::-1]):
-        gradients |= {f"{network}.{i}.weight": gradient.T @ x, f"{network}.{i}.bias": gradient.sum(0)}
-        gradient = gradient @ values[f"{network}.{i}.weight"] * (x > 0)
-    return gradients
-
-
+# --- The reference
 def v_of(values, network, states):
     return forward(values, f"{network}.v", states)[-1][:, 0]
-
-
-def min_q(values, critic, states, actions):
-    inputs = np.hstack([states, actions])
-    return np.minimum(*(forward(values, f"{critic}.heads.{k}", inputs)[-1][:, 0] for k in (0, 1)))
-
-
-def adam(values, memory, gradients, step, rate):
-    for name, g in gradients.items():
-        m, v = memory.get(name, (0.0, 0.0))
-        m, v = memory[name] = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        values[name] = values[name] - rate * m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
-
-
-def normalized(values, *states):
-    return ((x - values["obs_mean"]) / values["obs_std"] for x in states)
 
 
 def reference_update(values, memory, step, batch, config, guided, actor_lr):
@@ -114,7 +90,7 @@ def reference_update(values, memory, step, batch, config, guided, actor_lr):
     advantage, v_mean = q_target - path[-1][:, 0], path[-1].mean()
     sides = np.where(advantage < 0, 1 - config.iql_tau, config.iql_tau)
     value_loss = np.mean(sides * advantage**2)
-    gradients = backward(values, "value.v", path, -2 * (sides * advantage)[:, None] / n)
+    gradients, _ = backward(values, "value.v", path, -2 * (sides * advantage)[:, None] / n)
     adam(values, memory, gradients, step, config.vf_lr)
 
     critic_loss, q_mean, critic_gradients = 0.0, 0.0, {}
@@ -122,10 +98,9 @@ def reference_update(values, memory, step, batch, config, guided, actor_lr):
         path = forward(values, head, np.hstack([s, a]))
         error = path[-1][:, 0] - y
         critic_loss, q_mean = critic_loss + np.mean(error**2) / 2, q_mean + path[-1].mean() / 2
-        critic_gradients |= backward(values, head, path, error[:, None] / n)
+        critic_gradients |= backward(values, head, path, error[:, None] / n)[0]
     adam(values, memory, critic_gradients, step, config.qf_lr)
-    for name in [name for name in values if name.startswith("target_critic")]:
-        values[name] += config.tau * (values[name.removeprefix("target_")] - values[name])
+    polyak(values, config.tau)
 
     weights = np.minimum(np.exp(config.beta * advantage), config.exp_adv_max)
     path, actor_gradients = forward(values, "actor.mean", s), {}
@@ -139,30 +114,19 @@ def reference_update(values, memory, step, batch, config, guided, actor_lr):
         actor_loss = -np.mean(weights * (-0.5 * z**2 - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(1))
         slope = -weights[:, None] * z / std / n
         actor_gradients["actor.log_std"] = -(weights[:, None] * (z**2 - 1)).sum(0) / n
-    actor_gradients |= backward(values, "actor.mean", path, slope * (1 - mean**2))
+    actor_gradients |= backward(values, "actor.mean", path, slope * (1 - mean**2))[0]
     adam(values, memory, actor_gradients, step, actor_lr)
 
     metrics = {"value_loss": value_loss, "critic_loss": critic_loss, "actor_loss": actor_loss}
     metrics |= {"v_mean": v_mean, "q_mean": q_mean, "actor_lr": actor_lr}
     if guided:
-        r_in = config.discount * (1 - d) * p * (v_off - v_next)
-        metrics |= {"r_in_mean": r_in.mean(), "r_in_std": r_in.std(ddof=1)}
+        metrics |= r_in_metrics(config.discount * (1 - d) * p * (v_off - v_next))
     return metrics, gradients | critic_gradients | actor_gradients, advantage, weights
 
 
 # --- One update
 @pytest.mark.parametrize("deterministic", [False, True], ids=["gaussian", "deterministic"])
-@pytest.mark.parametrize(
-    ("p", "dones", "guided", "guidance"),
-    [
-        (MIXED_P, SOME_DONE, False, 1.0),
-        (0.0, SOME_DONE, True, 1.0),
-        (1.0, 0.0, True, 1.0),
-        (MIXED_P, SOME_DONE, True, 1.0),
-        (MIXED_P, 0.0, True, 0.25),
-    ],
-    ids=["unguided", "p=0", "p=1", "mixed p", "mixed p, faded"],
-)
+@pytest.mark.parametrize(("p", "dones", "guided", "guidance"), CASES.values(), ids=CASES)
 def test_two_updates_equal_the_formulas_in_numpy(iql, p, dones, guided, guidance, deterministic):
     agent = make_agent(iql, beta=2.0, exp_adv_max=1.5, tau=0.1, iql_deterministic=deterministic)
     batch = make_batch(iql, agent, p, dones)
@@ -176,10 +140,8 @@ def test_two_updates_equal_the_formulas_in_numpy(iql, p, dones, guided, guidance
         expected, gradients, advantage, weights = reference_update(*arguments)
         assert advantage.min() < 0 < advantage.max() and weights.min() < 1.5 == weights.max()
         assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-10, abs=1e-12)
-        parameters = dict(agent.named_parameters())
-        assert {name for name in parameters if name.split(".")[0] in NETWORKS} == gradients.keys()
-        for name, gradient in gradients.items():
-            np.testing.assert_allclose(parameters[name].grad.numpy(), gradient, rtol=1e-9, atol=1e-12, err_msg=name)
+        assert {name for name, _ in agent.named_parameters() if name.split(".")[0] in NETWORKS} == gradients.keys()
+        assert_gradients(agent, gradients, rtol=1e-9, atol=1e-12)
         for name, value in values_of(agent).items():
             if name.split(".")[0] in (*NETWORKS, "target_critic", "offline_value", "period_value"):
                 np.testing.assert_allclose(value, values[name], rtol=1e-8, atol=1e-9, err_msg=name)
@@ -201,7 +163,7 @@ def test_terminal_rows_use_neither_v_nor_v_off(iql):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("p", "uses_v", "uses_v_off"), [(0.0, True, False), (1.0, False, True), (MIXED_P, True, True)])
+@pytest.mark.parametrize(("p", "uses_v", "uses_v_off"), CRITICS_OF_P)
 def test_p_decides_which_value_the_target_uses(iql, p, uses_v, uses_v_off):
     def loss(v=0.0, v_off=0.0):
         agent = make_agent(iql)
@@ -214,33 +176,19 @@ def test_p_decides_which_value_the_target_uses(iql, p, uses_v, uses_v_off):
     assert (loss(v_off=1.0) != loss()) == uses_v_off
 
 
-def after_updates(iql, p, guided, guidance=1.0, **values):
-    """Everything that three updates in float32 leave behind."""
-    agent = make_agent(iql, **values)
-    batch = iql.Batch(*(column.float() for column in make_batch(iql, agent, p, SOME_DONE)))
-    agent = agent.float()
-    agent.guidance_weight.fill_(guidance)
-    torch.manual_seed(5)
-    losses = [agent.update(batch, guided)["critic_loss"] for _ in range(3)]
-    adam_states = [state for optimizer in agent.optimizers.values() for state in optimizer.state.values()]
-    kept = {name: value for name, value in agent.state_dict().items() if name != "guidance_weight"}
-    return [*losses, *kept.values(), *(value for state in adam_states for value in state.values())]
-
-
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(("p", "guidance"), [(0.0, 1.0), (MIXED_P, 0.0)], ids=["p=0", "guidance weight 0"])
+@pytest.mark.parametrize(("p", "guidance"), WITHOUT_WEIGHT.values(), ids=WITHOUT_WEIGHT)
 def test_guided_without_weight_is_bit_for_bit_unguided(iql, p, guidance, deterministic):
-    settings = {"iql_deterministic": deterministic, "actor_dropout": 0.2}
-    guided, plain = (after_updates(iql, *x, **settings) for x in ((p, True, guidance), (MIXED_P, False)))
-    assert len(guided) == len(plain) and all(map(torch.equal, guided, plain))
-    assert not all(map(torch.equal, after_updates(iql, MIXED_P, True, **settings), plain))
+    def updated(p, *guided):
+        agent = make_agent(iql, iql_deterministic=deterministic, actor_dropout=0.2)
+        return after_updates(agent, make_batch(iql, agent, p, SOME_DONE), *guided)
+
+    plain = updated(MIXED_P, False)
+    assert equal(updated(p, True, guidance), plain)
+    assert not equal(updated(MIXED_P, True), plain)
 
 
 # --- V_off
-def same(module, other):
-    return all(map(torch.equal, module.state_dict().values(), other.state_dict().values()))
-
-
 def test_the_switch_and_a_refresh_freeze_v_as_it_is_then(iql):
     agent = make_agent(iql)
     batch = make_batch(iql, agent, MIXED_P)
@@ -338,21 +286,13 @@ def test_exploration_noise_is_added_to_the_mean_and_clamped(iql, monkeypatch, de
 
 
 def test_sampled_actions_reach_both_borders_and_never_pass_them(iql):
-    agent = make_agent(iql).float()
-    agent.actor.log_std.data.fill_(2.0)
-    actions = np.stack([agent.act(np.zeros(3, np.float32), deterministic=False) for _ in range(100)])
-    assert actions.dtype == np.float32
-    assert (actions.min(0) == LOW).all() and (actions.max(0) == HIGH).all()
+    check_sampled_actions_reach_both_borders(make_agent(iql))
 
 
 @pytest.mark.parametrize("log_std", [-20.0, 0.0, 2.0, -99.0, 99.0])
 def test_an_update_on_actions_at_the_border_is_finite(iql, log_std):
-    agent = make_agent(iql).float()
-    agent.actor.log_std.data.fill_(log_std)
-    batch = iql.Batch(*(column.float() for column in make_batch(iql, make_agent(iql), MIXED_P)))
-    batch.actions[::2], batch.actions[1::2] = agent.action_low, agent.action_high
-    agent.update(batch, guided=True)
-    assert all(value.isfinite().all() for value in agent.state_dict().values())
+    agent = make_agent(iql)
+    check_update_is_finite(*on_the_border(agent, make_batch(iql, agent, MIXED_P), log_std))
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["gaussian", "deterministic"])
@@ -435,24 +375,14 @@ def test_the_reloaded_agent_steps_at_the_scheduled_rate(iql):
 def test_bellman_errors_by_hand(iql):
     agent = make_agent(iql, discount=0.5)
     batch = make_batch(iql, agent, dones=SOME_DONE)
-    for network, q in ((agent.critic.heads[0], 3), (agent.critic.heads[1], 5), (agent.period_value.v, 2)):
-        for parameter in network.parameters():
-            parameter.data.zero_()
-        network[-1].bias.data.fill_(q)
-    batch.rewards[:] = torch.tensor([1.0, 2.0, 1.0, 9.0, 5.0, 2.5, 0.0, 4.0])
-    expected = [1.0, 0.0, 2.0, 7.0, 2.0, 0.5, 2.0, 2.0]  # |3 - r - 0.5 * 2|, in rows 2 and 4 |3 - r|
-    assert agent.bellman_errors(batch).tolist() == expected
+    make_constant(agent.period_value.v, 2.0)
+    check_bellman_errors_by_hand(agent, batch)
 
 
 def test_bellman_errors_use_the_critic_now_and_v_of_the_periods_start(iql):
     agent = make_agent(iql)
     batch = make_batch(iql, agent, MIXED_P, SOME_DONE)
-    agent.start_period(refresh=False)
-    start = values_of(agent)
-    agent.update(batch, guided=True)
-    now = values_of(agent)
-    s, a, r, s_next, d, _, _ = (column.numpy() for column in batch)
-    s, s_next = normalized(now, s, s_next)
+    start, now, (s, a, r, s_next, d) = update_in_period(agent, batch)
     y = r + 0.99 * (1 - d) * v_of(start, "value", s_next)
     np.testing.assert_allclose(agent.bellman_errors(batch), np.abs(min_q(now, "critic", s, a) - y), rtol=0, atol=1e-12)
 
@@ -465,44 +395,21 @@ SCRIPT = ROOT / "algorithms" / "iql_samg.py"
 
 @pytest.fixture(scope="module")
 def call(iql):
-    """call("--resume", folder, seed=1): the command line in this process."""
-
-    def call(*words, **settings):
-        argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        sys.argv = ["iql_samg.py", *map(str, words), *options(settings)]
-        try:
-            iql.main(iql.IQL, iql.TrainConfig, iql.IQLRun)
-        finally:
-            sys.argv = argv
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspect, "getsource", functools.cache(inspect.getsource))
-        yield call
+    """call("--resume", folder, seed=1): IQL's command line in this process."""
+    return functools.partial(run_main, iql.IQL, iql.IQLRun)
 
 
 @pytest.fixture(scope="module")
 def finished(iql, call, hopper_file, tmp_path_factory):
     """A whole run's folder, and beside it copies as a kill at each of MOMENTS would have left it."""
-    tmp, report = tmp_path_factory.mktemp("iql"), iql.Run.report
-
-    def report_and_copy(run, phase, step, *rest):
-        report(run, phase, step, *rest)
-        if (phase, step) in MOMENTS:
-            shutil.copytree(run.folder, tmp / f"{phase}{step}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iql.Run, "report", report_and_copy)
+    tmp = tmp_path_factory.mktemp("iql")
+    with copies_at(MOMENTS, iql.Run, tmp):
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp / "runs", **SETTINGS)
     return only_folder(tmp / "runs")
 
 
 def test_the_command_line_runs_from_end_to_end(finished, hopper_file, tmp_path):
-    words = [SCRIPT, *options(SETTINGS | {"env": "Hopper-v4", "dataset": hopper_file, "runs_dir": tmp_path})]
-    process = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120)
-    assert process.returncode == 0, process.stderr
-    assert "Traceback" not in process.stderr and "Warning" not in process.stderr
+    run_script(SCRIPT, env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path, **SETTINGS)
     folder = tmp_path / "Hopper-v4" / "iql-samg-seed0"
     assert json.loads((folder / "summary.json").read_text())["algorithm"] == "iql_samg"
     assert_same_run(folder, finished)
@@ -553,9 +460,7 @@ def test_online_phase_from_the_offline_checkpoint_is_the_same(arms, finished):
 
 
 def test_no_guidance_is_plain_fine_tuning_on_online_data(arms):
-    unguided, plain = rows(arms["none"]), rows(arms["online"])
-    for column in unguided[0].keys() - {"r_in_mean", "r_in_std"}:
-        assert [row[column] for row in unguided] == [row[column] for row in plain], column
+    assert_plain_fine_tuning(arms["none"], arms["online"])
 
 
 def test_corls_arm_keeps_the_offline_rows_and_a_constant_learning_rate(arms):
@@ -569,59 +474,3 @@ def test_corls_arm_keeps_the_offline_rows_and_a_constant_learning_rate(arms):
 def test_shares_above_1_are_refused(iql, word):
     with pytest.raises(ValueError, match=f"{word} must be at most 1"):
         iql.TrainConfig(**{word: 1.01})
-
-
-# --- Configs
-CONFIGS = sorted((ROOT / "configs" / "iql").glob("*.yaml"))
-LEVELS = [f"-{level}-v2" for level in ("medium", "medium-replay", "medium-expert")]
-LOCOMOTION = [env + level for env in ("hopper", "halfcheetah", "walker2d") for level in LEVELS]
-MAZES = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play", "large-diverse")
-ANTMAZE, ADROIT = [f"antmaze-{maze}-v2" for maze in MAZES], ["pen-binary-v0", "door-binary-v0", "relocate-binary-v0"]
-
-# CORL's published values, under its names
-COMMON = {"batch_size": 256, "discount": 0.99, "normalize": True} | dict.fromkeys(("actor_lr", "qf_lr", "vf_lr"), 3e-4)
-PLAIN = {"iql_deterministic": False, "normalize_reward": False, "tau": 0.005, "beta": 3.0, "iql_tau": 0.7}
-SHORT = {"eval_freq": 5000, "n_episodes": 10}
-CORL = {task: COMMON | PLAIN | SHORT for task in LOCOMOTION}
-for task in ("hopper-medium-v2", "hopper-medium-replay-v2"):
-    CORL[task] |= {"iql_deterministic": True, "normalize_reward": True, "tau": 0.001}
-CORL["hopper-medium-expert-v2"] |= {"beta": 6.0, "iql_tau": 0.5}
-LONG = {"beta": 10.0, "iql_tau": 0.9, "normalize_reward": True, "eval_freq": 50000, "n_episodes": 100}
-CORL |= {task: COMMON | PLAIN | LONG for task in ANTMAZE}
-CORL |= {task: COMMON | PLAIN | SHORT | {"actor_dropout": 0.1, "iql_tau": 0.8} for task in ADROIT}  # its cloned tasks'
-RENAMED = {"eval_freq": "eval_frequency", "n_episodes": "n_test_episodes"}
-OURS = {(task, "eval_freq"): 20000 for task in ANTMAZE}
-
-
-def load(iql, stem):
-    return iql.parse_config(iql.TrainConfig, ["--config", str(ROOT / "configs" / "iql" / f"{stem}.yaml")])
-
-
-def stem_of(task):
-    return task.rsplit("-", 1)[0].replace("-", "_")
-
-
-def test_there_is_a_config_for_each_of_the_18_tasks_and_a_quickstart():
-    assert {path.stem for path in CONFIGS} == {*map(stem_of, CORL), "quickstart"} and len(CORL) == 18
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_names_only_what_differs_from_the_defaults(iql, path):
-    given = yaml.safe_load(path.read_text())
-    config, default = load(iql, path.stem), iql.TrainConfig()
-    assert all(getattr(config, name) == value for name, value in given.items())
-    assert not [name for name, value in given.items() if name != "env" and getattr(default, name) == value]
-
-
-@pytest.mark.parametrize("task", CORL)
-def test_values_are_corls_and_the_papers(iql, task):
-    config = load(iql, stem_of(task))
-    assert config.env == task
-    for name, value in CORL[task].items():
-        assert getattr(config, RENAMED.get(name, name)) == OURS.get((task, name), value), name
-    if task not in ADROIT:
-        assert config.actor_dropout == 0
-    paper = {"offline_iterations": 1_000_000, "online_iterations": 200_000, "warmup_steps": 2_000, "p_threshold": 0.6}
-    paper |= {"buffer_size": 50_000 if task in ANTMAZE else 20_000, "coefficient_frequency": 10_000}
-    paper |= {"vae_simple_decoder": task.startswith(("hopper", "walker2d")), "mastered_share": 0.1, "exp_adv_max": 100}
-    assert {key: getattr(config, key) for key in paper} == paper

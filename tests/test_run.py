@@ -16,71 +16,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, options, roll_out, write_dataset
+from conftest import ROOT, roll_out, write_dataset
+from runs import (
+    TINY,
+    assert_equal,
+    assert_plain_fine_tuning,
+    assert_same_run,
+    checkpoint,
+    command,
+    copies_at,
+    numbers,
+    only_folder,
+    rows,
+)
 
 SCRIPT = ROOT / "algorithms" / "awac_samg.py"
-TINY = {
-    **{"hidden_dim": 32, "vae_hidden_dim": 32, "batch_size": 32, "warmup_steps": 100, "buffer_size": 1000},
-    **{"offline_iterations": 200, "vae_iterations": 150, "online_iterations": 500, "adapt_iterations": 20},
-    **{"coefficient_frequency": 200, "eval_frequency": 200, "log_frequency": 20, "checkpoint_frequency": 50},
-    **{"n_test_episodes": 2, "device": "cpu"},
-}
 SWITCH = TINY["offline_iterations"] + TINY["vae_iterations"]
 SHORT = {"online_iterations": 160, "warmup_steps": 40, "coefficient_frequency": 80, "eval_frequency": 80}
-
-
-# --- Helpers
-def command(*words, **settings):
-    return [sys.executable, *map(str, words), *options(settings)]
-
-
-def rows(folder, phase=None):
-    """metrics.csv without its one column of timings."""
-    with open(folder / "metrics.csv", newline="") as file:
-        found = list(csv.DictReader(file))
-    for row in found:
-        del row["steps_per_second"]
-    return [row for row in found if phase in (None, row["phase"])]
-
-
-def numbers(folder, phase, column):
-    return [float(row[column]) for row in rows(folder, phase) if row[column]]
-
-
-def checkpoint(folder, name="checkpoint.pt"):
-    return torch.load(folder / name, map_location="cpu", weights_only=True)
-
-
-def assert_equal(a, b, where=""):
-    """Of nested dicts and lists of tensors and numbers, to the last bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b)):
-            assert_equal(*pair, f"{where}/{i}")
-    else:
-        assert a == b, where
-
-
-def assert_same_run(folder, other):
-    """Two runs have the same log and the same last checkpoint, but for timings and places."""
-    assert rows(folder) == rows(other)
-    states = checkpoint(folder), checkpoint(other)
-    for state in states:
-        del state["config"]
-        for name in ("seconds", "peak_memory_mb", "metrics_size"):
-            del state["progress"][name]
-    assert_equal(*states)
-
-
-def only_folder(runs_dir):
-    """The folder of the one run below runs_dir."""
-    return next(runs_dir.rglob("metrics.csv")).parent
 
 
 # --- Runs that several tests look at
@@ -101,15 +53,8 @@ MOMENTS = {("offline", 130), ("vae", 130), ("online", 70), ("online", 430)}  # n
 @pytest.fixture(scope="module")
 def snapshots(awac, call, hopper_file, tmp_path_factory):
     """The same run in this process, with copies of its folder as a kill at each of MOMENTS would have left it."""
-    tmp, report = tmp_path_factory.mktemp("snapshots"), awac.Run.report
-
-    def report_and_copy(run, phase, step, *rest):
-        report(run, phase, step, *rest)
-        if (phase, step) in MOMENTS:
-            shutil.copytree(run.folder, tmp / f"{phase}{step}")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(awac.Run, "report", report_and_copy)
+    tmp = tmp_path_factory.mktemp("snapshots")
+    with copies_at(MOMENTS, awac.Run, tmp):
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp / "runs", **TINY)
     return tmp
 
@@ -309,9 +254,7 @@ def test_arms_run_from_one_offline_checkpoint(arm, arms):
 
 
 def test_no_guidance_is_plain_fine_tuning_on_online_data(arms):
-    unguided, plain = rows(arms["none"]), rows(arms["online only"])
-    for column in unguided[0].keys() - {"r_in_mean", "r_in_std"}:
-        assert [row[column] for row in unguided] == [row[column] for row in plain], column
+    assert_plain_fine_tuning(arms["none"], arms["online only"])
     assert not any(numbers(arms["none"], "online", "r_in_mean"))
 
 
@@ -431,20 +374,12 @@ def test_update_on_the_gpu_equals_that_on_the_cpu(awac, monkeypatch):
 
 @on_cuda
 def test_resume_on_the_gpu(awac, call, hopper_file, tmp_path):
-    settings = TINY | SHORT | {"device": "auto"}
-    report = awac.Run.report
-
-    def report_and_copy(run, phase, step, *rest):
-        report(run, phase, step, *rest)
-        if (phase, step) == ("online", 120):
-            shutil.copytree(run.folder, tmp_path / "copy")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(awac.Run, "report", report_and_copy)
+    with copies_at([("online", 120)], awac.Run, tmp_path):
+        settings = TINY | SHORT | {"device": "auto"}
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path / "runs", **settings)
-    call("--resume", tmp_path / "copy")
-    assert_same_run(tmp_path / "copy", only_folder(tmp_path / "runs"))
-    assert checkpoint(tmp_path / "copy")["random_cuda"] is not None
+    call("--resume", tmp_path / "online120")
+    assert_same_run(tmp_path / "online120", only_folder(tmp_path / "runs"))
+    assert checkpoint(tmp_path / "online120")["random_cuda"] is not None
 
 
 @on_cuda

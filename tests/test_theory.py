@@ -1,20 +1,15 @@
 """The four statements of docs/theory.md, on tabular MDPs that are solved exactly."""
 
-import importlib.util
-
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import load_module
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
 
 @pytest.fixture(scope="module")
 def theory():
-    spec = importlib.util.spec_from_file_location("theory", ROOT / "tools" / "theory.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module("tools/theory.py")
 
 
 @pytest.fixture(params=[0, 1, 2])
