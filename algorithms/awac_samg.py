@@ -862,7 +862,7 @@ class Run:
         p = self.coefficient(*(torch.from_numpy(x[None]).to(self.device) for x in (state, action))).item()
         self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
 
-    def end_episode(self, terminated: bool) -> None:
+    def end_episode(self) -> None:
         """An online episode is over, by its own end or by the time limit."""
         self.train_episodes.append([self.step - self.switch, self.env.score(), self.env.episode_return])
 
@@ -1044,7 +1044,7 @@ def finetune_online(run: Run) -> None:
                     metrics = agent.update(run.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
                 run.step += 1
                 if over:
-                    run.end_episode(terminated)
+                    run.end_episode()
                 if config.samg and step % config.coefficient_frequency == 0:
                     run.update_coefficient()
                 run.seconds["environment"] += middle - start

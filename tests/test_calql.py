@@ -155,7 +155,7 @@ def play(run, rewards, ends=True):
     for reward in rewards:
         run.remember(np.zeros(1), np.zeros(1), reward, np.zeros(1), False)
     if ends:
-        run.end_episode(False)
+        run.end_episode()
 
 
 def test_online_rows_get_their_returns_when_their_episode_ends(calql):
