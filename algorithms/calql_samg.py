@@ -80,10 +80,11 @@ class TrainConfig:
     online_iterations: int = 200_000  # online environment steps, one update each after the warm-up; 0: offline only
     warmup_steps: int = 2_000  # first online steps, with the offline policy and without updates (Appendix C.2)
     buffer_size: int = 20_000  # online ring buffer, rows (Appendix C.2; 50,000 on antmaze)
+    policy_hold_steps: int = 0  # online steps after the warm-up in which the critics learn and the policy stays [ours]
     # --- SAMG
     samg: bool = True  # false: CORL's fine-tuning, without guidance
     keep_offline_data: bool = True  # only for samg false: fine-tune on offline and online rows; false: online rows only
-    coefficient: str = "vae"  # p(s, a): vae, static (vae, never updated online), even, random, none
+    coefficient: str = "vae"  # p(s, a): vae, static, likelihood, rnd, embedding, even, random, none (see the classes)
     p_threshold: float = 0.6  # p_m, Eq. (4): below it p is 0
     coefficient_frequency: int = 10_000  # online steps between adaptive updates (Appendix B.1.4)
     refresh_offline_critic: bool = False  # copy the target critic into Q_off then (Algorithm 1, line 18) [ours]
@@ -98,11 +99,15 @@ class TrainConfig:
     vae_beta: float = 0.5  # weight of the KL term: its value where there is no target, its start where there is one
     vae_kl_annealing: int = 0  # updates over which beta rises linearly from 0 to vae_beta (only without a target)
     vae_mean_weight: float = 0.5  # w: share of the means' degree p_M against the standard deviations' p_S [ours]
+    # --- Coefficients likelihood, rnd, embedding (Appendix B.2 and ours)
+    fit_iterations: int = 20_000  # updates on the offline data [ours]
+    fit_hidden_dim: int = 256  # width of their two hidden layers [ours]
+    fit_learning_rate: float = 1e-3  # Adam's at the start, falling linearly to 0 [ours]
     # --- Adaptive update of the coefficient (Appendix B.1.4)
     mastered_share: float = 0.1  # share of the out-of-distribution rows, by smallest Bellman error, that is learned
-    adapt_iterations: int = 100  # C-VAE updates each time [ours]
+    adapt_iterations: int = 100  # gradient steps each time [ours]
     adapt_learning_rate: float = 1e-4  # their step size [ours]
-    adapt_hold: float = 10.0  # weight of the L2 term that holds the encoder on rows it knows [ours]
+    adapt_hold: float = 10.0  # weight of the L2 term that holds the outputs on rows it knows [ours]
     adapt_max_drop: float = 0.02  # undo the update if the mean p of those rows falls by this much [ours]
     # --- Cal-QL (CORL's names and values)
     batch_size: int = 256  # rows an update
@@ -165,7 +170,8 @@ def check_cql(config: Any) -> None:
 
 def check_config(config: Any) -> None:
     """Raise ValueError for a value that no run can use."""
-    at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations")
+    at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations", "fit_hidden_dim")
+    at_least_1 += ("fit_iterations",)
     shares = ("p_threshold", "vae_mean_weight", "mastered_share", "gamma", "tau")
     for name, value in asdict(config).items():
         finite = not isinstance(value, (int, float)) or 0 <= value < math.inf
@@ -230,7 +236,7 @@ DATASET_HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
     """The 32-bit seed of one use of randomness, so that no phase depends on what ran before it."""
-    streams = ("networks", "offline", "vae", "online", "episode", "evaluation")
+    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation")
     return int(np.random.SeedSequence((seed, streams.index(stream), index)).generate_state(1)[0])
 
 
@@ -417,6 +423,10 @@ class Batch(NamedTuple):
 
     def select(self, index: torch.Tensor) -> "Batch":
         return Batch(*(column[index] for column in self))
+
+    def triple(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """s, a and s': what a coefficient may look at."""
+        return self.states, self.actions, self.next_states
 
 
 class ReplayBuffer:
@@ -610,82 +620,231 @@ def select_mastered(errors: torch.Tensor, share: float) -> torch.Tensor:
     return errors.topk(max(1, int(share * len(errors))), largest=False).indices
 
 
-class VAECoefficient(nn.Module):
+class LearnedCoefficient(nn.Module):
+    """What each learned p(s, a) has: a fit to the offline data, then updates online that forget nothing (B.1.4).
+
+    A subclass has `fit_step` and `fit`, `loss(batch)` to minimise, and `outputs(batch)`, (n, k): what its p rests on.
+    """
+
+    ITERATIONS = "fit_iterations"  # the field with the number of fit_step's updates
+
+    def __init__(self, config: Any, obs_dim: int, act_dim: int) -> None:
+        super().__init__()
+        self.config, self.fit_iterations = config, getattr(config, self.ITERATIONS)
+        self.adaptive = config.coefficient != "static"
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))  # rows behind the fit; 0: not fitted
+        for name, width in {"states": obs_dim, "actions": act_dim, "next_states": obs_dim}.items():
+            self.register_buffer(f"probe_{name}", torch.zeros(1000, width))  # offline rows, only for the log
+
+    def probe(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.probe_states, self.probe_actions, self.probe_next_states
+
+    def keep_probe(self, offline: Batch) -> None:
+        every = torch.linspace(0, len(offline.p) - 1, len(self.probe_states), device=offline.p.device).long()
+        for kept, columns in zip(self.probe(), offline.triple()):
+            kept.copy_(columns[every])
+
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def learn_rows(self, mastered: Batch) -> None:
+        """Take rows that `adapt` has learned into what `fit` computed."""
+
+    def adapt(self, mastered: Batch, known: Batch) -> dict[str, float]:
+        """Learn mastered out-of-distribution rows without forgetting the known rows, those with p > 0 (Appendix B.1.4).
+
+        Trained on the mastered rows alone the networks drift until p is 0 everywhere. So half of each batch holds their
+        outputs on known rows, and an update that lowers these rows' mean p all the same is undone [ours].
+        """
+        config, before, report = self.config, copy.deepcopy(self.state_dict()), {"mastered_rows": len(mastered.p)}
+        watched = {"mastered": mastered.triple(), "known": known.triple(), "probe": self.probe()}
+        report |= {f"p_{key}_before": self(*triple).mean().item() for key, triple in watched.items()}
+        optimizer = torch.optim.Adam(self.trained(), lr=config.adapt_learning_rate, fused=True)
+        anchors, half = self.outputs(known).detach(), config.batch_size // 2
+        for _ in range(config.adapt_iterations):
+            learned, held = (torch.randint(len(part.p), (half,), device=part.p.device) for part in (mastered, known))
+            hold = config.adapt_hold * (self.outputs(known.select(held)) - anchors[held]).square().mean()
+            gradient_step(optimizer, self.loss(mastered.select(learned)) + hold)
+        self.learn_rows(mastered)
+        report |= {f"p_{key}_after": self(*triple).mean().item() for key, triple in watched.items()}
+        report["adapt_accepted"] = int(report["p_known_before"] - report["p_known_after"] < config.adapt_max_drop)
+        if not report["adapt_accepted"]:
+            self.load_state_dict(before)
+        return report
+
+
+class VAECoefficient(LearnedCoefficient):
     """p^vae(s, a), Section 3.3: `vae`, updated online (Appendix B.1.4), or `static`, not."""
 
+    ITERATIONS = "vae_iterations"
+
     def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
-        super().__init__()
-        self.config = config
-        self.fit_iterations, self.adaptive = config.vae_iterations, config.coefficient == "vae"
+        super().__init__(config, obs_dim, act_dim)
         self.vae = ConditionalVAE(obs_dim, act_dim, config.vae_hidden_dim, config.vae_simple_decoder)
         self.register_buffer("beta", torch.tensor(config.vae_beta))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))  # rows behind the moments; 0: not fitted
-        self.register_buffer("mean", torch.zeros(2, 2 * act_dim))  # of z_m and of z_s
+        self.register_buffer("mean", torch.zeros(2, 2 * act_dim))  # of z_m and of z_s, over `count` rows
         self.register_buffer("var", torch.ones(2, 2 * act_dim))
-        self.register_buffer("probe", torch.zeros(1000, obs_dim + act_dim))  # offline rows, looked at by the log only
         self.to(device)
         self.optimizers = {"vae": torch.optim.Adam(self.vae.parameters(), lr=config.vae_learning_rate, fused=True)}
 
     @torch.no_grad()
-    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """p(s, a) of raw states (n, obs_dim) and actions (n, act_dim): (n,), 0 or in [p_threshold, 1]."""
+    def forward(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
+        """p of raw (s, a), (n, obs_dim) and (n, act_dim), next_states unused: (n,), 0 or in [p_threshold, 1]."""
         outputs = self.vae.encode(states, actions)
         return offline_degree(*outputs, self.mean, self.var, self.config.vae_mean_weight, self.config.p_threshold)
 
-    def fit_step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+    def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
         """One update on offline rows; `step` counts from 0."""
         config = self.config
         if not config.vae_kl_target:  # a fixed beta, or KL annealing (Appendix B.1.2)
             self.beta.fill_(config.vae_beta * min(1.0, (step + 1) / max(1, config.vae_kl_annealing)))
-        reconstruction, kl = self.vae.losses(batch)
+        reconstruction, kl = self.vae.losses(dataset.sample(config.batch_size))
         gradient_step(self.optimizers["vae"], reconstruction + self.beta * kl)
         metrics = {"vae_reconstruction": reconstruction.detach(), "vae_kl": kl.detach(), "vae_beta": self.beta.clone()}
         if config.vae_kl_target:  # under a fixed beta the posterior collapses easily: steer it [ours]
             self.beta.mul_((0.01 * (kl.detach() / config.vae_kl_target - 1).clamp(-1, 1)).exp()).clamp_(1e-8, 1e4)
         return metrics
 
-    @torch.no_grad()
-    def moments(self, batch: Batch) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Number of rows, and mean and variance of the encoder's outputs, (2, latent_dim); chunks bound the memory."""
-        chunks = [self.vae.encode(*chunk) for chunk in zip(batch.states.split(8192), batch.actions.split(8192))]
-        outputs = torch.stack([torch.cat(part) for part in zip(*chunks)]).double()
-        return len(batch.p), outputs.mean(1), outputs.var(1, correction=0)
+    def loss(self, batch: Batch) -> torch.Tensor:
+        reconstruction, kl = self.vae.losses(batch)
+        return reconstruction + self.beta * kl
 
-    def merge(self, batch: Batch) -> None:
-        """Take the rows of the batch into the normals N_M, N_S that describe what is in distribution (Section 3.3)."""
-        count, mean, var = merge_moments(self.count, self.mean.double(), self.var.double(), *self.moments(batch))
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        return torch.cat(self.vae.encode(batch.states, batch.actions), dim=1)
+
+    @torch.no_grad()
+    def learn_rows(self, mastered: Batch) -> None:
+        """Take rows into the normals N_M, N_S that describe what is in distribution (Section 3.3), by their moments."""
+        parts = zip(mastered.states.split(8192), mastered.actions.split(8192))  # chunks bound the memory
+        outputs = torch.stack([torch.cat(part) for part in zip(*(self.vae.encode(*part) for part in parts))]).double()
+        rows = len(mastered.p), outputs.mean(1), outputs.var(1, correction=0)
+        count, mean, var = merge_moments(self.count, self.mean.double(), self.var.double(), *rows)
         self.count.copy_(count), self.mean.copy_(mean), self.var.copy_(var)
 
-    def fit(self, offline: Batch) -> None:
+    def fit(self, dataset: ReplayBuffer) -> None:
         """Fit the normals to all offline rows; keep some of these as a probe for the log."""
-        self.merge(offline)
-        every = torch.linspace(0, len(offline.p) - 1, len(self.probe), device=self.probe.device).long()
-        self.probe.copy_(torch.cat([offline.states, offline.actions], dim=1)[every])
+        self.learn_rows(dataset.stored())
+        self.keep_probe(dataset.stored())
 
-    def adapt(self, mastered: Batch, known: Batch) -> dict[str, float]:
-        """Learn mastered out-of-distribution rows without forgetting the known rows, those with p > 0 (Appendix B.1.4).
 
-        Trained on the mastered rows alone the encoder drifts until p is 0 everywhere. So half of each batch holds its
-        outputs on known rows, and an update that lowers their mean p all the same is undone [ours].
-        """
-        config, before, report = self.config, copy.deepcopy(self.state_dict()), {"mastered_rows": len(mastered.p)}
-        probe = self.probe.split([known.states.shape[1], known.actions.shape[1]], dim=1)
-        watched, half = {"mastered": mastered[:2], "known": known[:2], "probe": probe}, config.batch_size // 2
-        report |= {f"p_{key}_before": self(*rows).mean().item() for key, rows in watched.items()}
-        optimizer = torch.optim.Adam(self.vae.parameters(), lr=config.adapt_learning_rate, fused=True)
-        anchors = torch.cat(self.vae.encode(known.states, known.actions), dim=1).detach()
-        for _ in range(config.adapt_iterations):
-            learned, held = (torch.randint(len(rows.p), (half,), device=rows.p.device) for rows in (mastered, known))
-            reconstruction, kl = self.vae.losses(mastered.select(learned))
-            outputs = torch.cat(self.vae.encode(known.states[held], known.actions[held]), dim=1)
-            hold = config.adapt_hold * (outputs - anchors[held]).square().mean()
-            gradient_step(optimizer, reconstruction + self.beta * kl + hold)
-        self.merge(mastered)
-        report |= {f"p_{key}_after": self(*rows).mean().item() for key, rows in watched.items()}
-        report["adapt_accepted"] = int(report["p_known_before"] - report["p_known_after"] < config.adapt_max_drop)
-        if not report["adapt_accepted"]:
-            self.load_state_dict(before)
-        return report
+class CalibratedCoefficient(LearnedCoefficient):
+    """p(s, a) is the share of held-out offline rows that are at least as strange as (s, a) [ours].
+
+    A subclass builds its networks in `build`; `strangeness`, (n,), of standardised states and actions is its loss, too.
+    """
+
+    def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
+        super().__init__(config, obs_dim, act_dim)
+        self.build(obs_dim, act_dim, config.fit_hidden_dim)
+        for name, width in (("state", obs_dim), ("action", act_dim)):  # moments of the offline data
+            self.register_buffer(f"{name}_mean", torch.zeros(width))
+            self.register_buffer(f"{name}_std", torch.ones(width))
+        self.register_buffer("scores", torch.zeros(1000))  # quantiles of the held-out rows' strangeness, rising
+        self.training_rows = None  # indices into the data set, made by the first fit_step
+        self.to(device)
+        self.optimizers = {"fit": torch.optim.Adam(self.trained(), lr=config.fit_learning_rate, fused=True)}
+
+    def standardise(self, states, actions, next_states) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scaled = ((columns - self.state_mean) / self.state_std for columns in (states, next_states))
+        return next(scaled), (actions - self.action_mean) / self.action_std, next(scaled)
+
+    @torch.no_grad()
+    def forward(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
+        """p of raw s, a, s', each (n, its width): (n,), 0 or in [p_threshold, 1]."""
+        p = self.degree(self.strangeness(*self.standardise(states, actions, next_states)))
+        return torch.where(p >= self.config.p_threshold, p, torch.zeros_like(p))
+
+    def degree(self, strangeness: torch.Tensor) -> torch.Tensor:
+        return 1 - torch.searchsorted(self.scores, strangeness) / len(self.scores)
+
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        return self.strangeness(*self.standardise(*batch.triple()))[:, None]
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        return self.strangeness(*self.standardise(*batch.triple())).mean()
+
+    def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
+        """One update on offline rows that are not held out; the step size falls linearly to 0 over all steps."""
+        if self.training_rows is None:
+            self.training_rows = (~held_out(dataset.size)).nonzero().squeeze(1).to(dataset.rows.device)
+            states, actions = dataset.stored()[:2]
+            self.state_mean.copy_(states.mean(0)), self.state_std.copy_(states.std(0) + 1e-3)
+            self.action_mean.copy_(actions.mean(0)), self.action_std.copy_(actions.std(0) + 1e-3)
+        drawn = torch.randint(len(self.training_rows), (self.config.batch_size,), device=dataset.rows.device)
+        loss = self.loss(dataset.batch(dataset.rows[self.training_rows[drawn]]))
+        self.optimizers["fit"].param_groups[0]["lr"] = self.config.fit_learning_rate * (1 - step / self.fit_iterations)
+        gradient_step(self.optimizers["fit"], loss)
+        return {"fit_loss": loss.detach()}
+
+    @torch.no_grad()
+    def fit(self, dataset: ReplayBuffer) -> None:
+        """Calibrate on the rows that no fit_step has seen."""
+        rows = dataset.batch(dataset.rows[held_out(dataset.size).to(dataset.rows.device)])
+        chunks = zip(*(columns.split(8192) for columns in rows.triple()))  # they bound the memory
+        scores = torch.cat([self.strangeness(*self.standardise(*chunk)) for chunk in chunks]).sort().values
+        every = torch.linspace(0, len(scores) - 1, len(self.scores), device=scores.device).long()
+        self.scores.copy_(scores[every]), self.count.fill_(len(scores))
+        self.keep_probe(dataset.stored())
+
+
+def held_out(n: int) -> torch.Tensor:
+    """(n,) bool: every tenth of a hundred stretches of rows; single rows would leave their neighbours in training."""
+    if n < 100:
+        fail(f"this coefficient needs a data set of at least 100 transitions, this one has {n}")
+    return torch.arange(n) * 100 // n % 10 == 9
+
+
+class LikelihoodCoefficient(CalibratedCoefficient):
+    """`likelihood`: -log pi_b(a|s) of the behaviour policy, cloned as a mixture of Gaussians (Bishop, 1994)."""
+
+    COMPONENTS = 5
+
+    def build(self, obs_dim: int, act_dim: int, hidden_dim: int) -> None:
+        self.policy = mlp(obs_dim, hidden_dim, hidden_dim, self.COMPONENTS * (2 * act_dim + 1))
+
+    def strangeness(self, states, actions, next_states) -> torch.Tensor:
+        outputs, k = self.policy(states), self.COMPONENTS
+        log_weights = outputs[:, :k].log_softmax(1)
+        means, log_stds = outputs[:, k:].view(len(states), k, -1).chunk(2, dim=2)
+        log_stds = log_stds.clamp(-5, 2)
+        errors = (actions[:, None] - means) / log_stds.exp()
+        return -(log_weights - (0.5 * errors.square() + log_stds).sum(2)).logsumexp(1)  # up to a constant
+
+
+class RNDCoefficient(CalibratedCoefficient):
+    """`rnd`, random network distillation (Burda et al., 2018, arXiv:1810.12894): error of learning a random network."""
+
+    def build(self, obs_dim: int, act_dim: int, hidden_dim: int) -> None:
+        self.target = mlp(obs_dim + act_dim, hidden_dim, hidden_dim, 32).requires_grad_(False)
+        self.predictor = mlp(obs_dim + act_dim, hidden_dim, hidden_dim, 32)
+
+    def outputs(self, batch: Batch) -> torch.Tensor:
+        return self.predictor(torch.cat(self.standardise(*batch.triple())[:2], dim=1))
+
+    def strangeness(self, states, actions, next_states) -> torch.Tensor:
+        pairs = torch.cat([states, actions], dim=1)
+        return (self.predictor(pairs) - self.target(pairs)).square().mean(1)
+
+
+class EmbeddingCoefficient(CalibratedCoefficient):
+    """p^emb (Appendix B.2), `embedding`: a Siamese network of s and s' and a head that predicts a from both.
+
+    The squared error over the offline data is modelled by a normal; p is its two-sided tail probability, as in p^vae,
+    and the head's ReLU stands before its last layer, as its output must reach negative actions [ours].
+    """
+
+    def build(self, obs_dim: int, act_dim: int, hidden_dim: int) -> None:
+        self.siamese, self.head = mlp(obs_dim, hidden_dim, hidden_dim), mlp(2 * hidden_dim, hidden_dim, act_dim)
+
+    def predict(self, states: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.siamese(states), self.siamese(next_states)], dim=1))
+
+    def strangeness(self, states, actions, next_states) -> torch.Tensor:
+        return (self.predict(states, next_states) - actions).square().mean(1)
+
+    def degree(self, strangeness: torch.Tensor) -> torch.Tensor:
+        mean, std = self.scores.mean(), self.scores.std(correction=0)
+        return torch.special.erfc((strangeness - mean).abs() / (math.sqrt(2) * std))
 
 
 class ConstantCoefficient(nn.Module):
@@ -695,14 +854,15 @@ class ConstantCoefficient(nn.Module):
         super().__init__()
         self.kind, self.fit_iterations, self.adaptive, self.optimizers = config.coefficient, 0, False, {}
 
-    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """p, (n,), of states (n, obs_dim)."""
+    def forward(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
+        """p, (n,), of any states (n, obs_dim)."""
         if self.kind == "random":
             return torch.rand(len(states), device=states.device)
         return states.new_full((len(states),), 0.5 if self.kind == "even" else 0.0)
 
 
-COEFFICIENTS = dict.fromkeys(("vae", "static"), VAECoefficient)
+COEFFICIENTS = {"vae": VAECoefficient, "static": VAECoefficient, "likelihood": LikelihoodCoefficient}
+COEFFICIENTS |= {"rnd": RNDCoefficient, "embedding": EmbeddingCoefficient}
 COEFFICIENTS |= dict.fromkeys(("even", "random", "none"), ConstantCoefficient)
 
 
@@ -727,6 +887,7 @@ class CalQL(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(()), requires_grad=config.use_automatic_entropy_tuning)
         self.log_alpha_prime = nn.Parameter(torch.ones(()), requires_grad=config.cql_lagrange)
         self.register_buffer("cql_alpha", torch.tensor(float(config.cql_alpha)))  # a buffer: the switch changes it
+        self.policy_held = False  # true in the first policy_hold_steps after the warm-up
         self.register_buffer("guidance_weight", torch.ones(()))
         self.register_buffer("obs_mean", torch.zeros(env.obs_dim))
         self.register_buffer("obs_std", torch.ones(env.obs_dim))
@@ -831,8 +992,9 @@ class CalQL(nn.Module):
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         (actor_loss + critic_loss + alpha_loss + alpha_prime_loss).backward()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        for name, optimizer in self.optimizers.items():
+            if not (self.policy_held and name in ("actor", "alpha")):
+                optimizer.step()
 
         # --- Target critics
         if self.updates % config.target_update_period == 0:
@@ -891,7 +1053,7 @@ def evaluate(agent: nn.Module, env: Environment, n_episodes: int, seed: int) -> 
 # --- Checkpoint and log
 COLUMNS = (
     *("score", "return", "train_return", "p_mean", "p_share", "p_q10", "p_q50", "p_q90", "guidance_weight"),
-    *("vae_reconstruction", "vae_kl", "vae_beta", "mastered_rows", "p_mastered_before", "p_mastered_after"),
+    *("vae_reconstruction", "vae_kl", "vae_beta", "fit_loss", "mastered_rows", "p_mastered_before", "p_mastered_after"),
     *("p_known_before", "p_known_after", "p_probe_before", "p_probe_after", "adapt_accepted", "steps_per_second"),
 )
 
@@ -929,7 +1091,7 @@ def choose_device(name: str) -> str:
 
 
 class Run:
-    """A run's state, folder and log. `step`, offline then C-VAE updates then online steps, alone tells the phase."""
+    """A run's state, folder and log. `step`, offline then coefficient updates then online, alone tells the phase."""
 
     PROGRESS = ("step", "episode", "metrics_size", "dataset_checksum", "reward_scale", "reward_bias", "evaluations")
     PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb", "collapsed")
@@ -951,7 +1113,7 @@ class Run:
         self.reward_scale, self.reward_bias, self.peak_memory_mb, self.adapt_report = 1.0, 0.0, 0.0, {}
         self.evaluations: list[list] = []  # [is online, step within its phase, score, return]
         self.train_episodes: list[list] = []  # [online step at its end, score, return]
-        self.seconds = dict.fromkeys(("vae", "offline", "environment", "online", "evaluation"), 0.0)
+        self.seconds = dict.fromkeys(("offline", "coefficient", "environment", "online", "evaluation"), 0.0)
 
     @property
     def switch(self) -> int:
@@ -974,10 +1136,12 @@ class Run:
             names = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")
             progress = {name: progress[name] for name in names}
             progress["step"] = config.offline_iterations = saved["offline_iterations"]
-            if self.coefficient.fit_iterations and state["coefficient"].get("count", 0):
-                config.vae_iterations = self.coefficient.fit_iterations = saved["vae_iterations"]
-                progress["step"] = self.switch
-            else:  # no coefficient was fitted there, or none needs fitting here
+            fitted = COEFFICIENTS[saved["coefficient"] if saved["samg"] else "none"]
+            if fitted is type(self.coefficient) and state["coefficient"].get("count", 0):
+                name = fitted.ITERATIONS
+                setattr(config, name, saved[name])
+                self.coefficient.fit_iterations, progress["step"] = saved[name], config.offline_iterations + saved[name]
+            else:  # this run's coefficient was not fitted there, or needs no fitting
                 parts = {"agent": self.agent} | self.agent.optimizers
         for name, part in parts.items():
             if not whole and isinstance(part, torch.optim.Optimizer):  # with this run's own step sizes
@@ -1025,7 +1189,8 @@ class Run:
 
     def remember(self, state, action, reward: float, next_state, terminated: bool) -> None:
         """Put an online transition into the buffer, with its p."""
-        p = self.coefficient(*(torch.from_numpy(x[None]).to(self.device) for x in (state, action))).item()
+        triple = (torch.from_numpy(x[None]).to(self.device) for x in (state, action, next_state))
+        p = self.coefficient(*triple).item()
         self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
 
     def end_episode(self) -> None:
@@ -1044,7 +1209,7 @@ class Run:
             else:
                 mastered = select_mastered(agent.bellman_errors(candidates), config.mastered_share)
                 self.adapt_report = coefficient.adapt(candidates.select(mastered), known)
-                stored.p.copy_(coefficient(stored.states, stored.actions))
+                stored.p.copy_(coefficient(*stored.triple()))
                 if not self.adapt_report["adapt_accepted"]:
                     tqdm.write("coefficient update undone: it lowered p on known rows")
         agent.start_period(config.refresh_offline_critic)
@@ -1099,7 +1264,7 @@ class Run:
     def report(self, phase: str, step: int, metrics: dict[str, torch.Tensor], bar: tqdm) -> None:
         """After every step: move the bar, and evaluate and write a row of metrics.csv when due."""
         bar.update()
-        evaluates = phase != "vae" and (step % self.config.eval_frequency == 0 or step == bar.total)
+        evaluates = phase != "coefficient" and (step % self.config.eval_frequency == 0 or step == bar.total)
         if not evaluates and step % self.config.log_frequency and step != bar.total:
             return
         row = {name: value.item() for name, value in metrics.items()}
@@ -1250,14 +1415,14 @@ class CalQLRun(Run):
 
 # --- Training loop
 def train_on_dataset(run: Run, phase: str, first: int, last: int, update: Callable) -> None:
-    """Steps first to last: one `update(batch, step)` each, on offline rows."""
+    """Steps first to last: one `update(dataset, step)` each, which draws its rows."""
     if run.step == first:
         torch.manual_seed(derive_seed(run.config.seed, phase))
     with run.bar(phase, last - first, run.step - first) as bar:
         while run.step < last:
             run.save_if_due()
             start = time.perf_counter()
-            metrics = update(run.dataset.sample(run.config.batch_size), run.step - first)
+            metrics = update(run.dataset, run.step - first)
             run.seconds[phase] += time.perf_counter() - start
             run.step += 1
             run.report(phase, run.step - first, metrics, bar)
@@ -1287,6 +1452,7 @@ def finetune_online(run: Run) -> None:
                 observation, over = next_observation, terminated or truncated
                 if step > warmup:
                     agent.guidance_weight.fill_(weight := guidance_weight(config, step))
+                    agent.policy_held = step <= warmup + config.policy_hold_steps
                     metrics = agent.update(run.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
                 run.step += 1
                 if over:
@@ -1321,12 +1487,13 @@ def train(run: Run) -> None:
         run.load_dataset()
     run.open_log()
     tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s)")
-    agent, coefficient, offline, switch = run.agent, run.coefficient, config.offline_iterations, run.switch
+    agent, coefficient, n = run.agent, run.coefficient, config.batch_size
+    offline, switch = config.offline_iterations, run.switch
     if run.step < offline:
-        train_on_dataset(run, "offline", 0, offline, lambda batch, step: agent.update(batch, guided=False))
+        train_on_dataset(run, "offline", 0, offline, lambda data, step: agent.update(data.sample(n), guided=False))
     if run.step < switch:
-        train_on_dataset(run, "vae", offline, switch, coefficient.fit_step)
-        coefficient.fit(run.dataset.stored())
+        train_on_dataset(run, "coefficient", offline, switch, coefficient.fit_step)
+        coefficient.fit(run.dataset)
     if run.buffer is None:
         run.save("offline_checkpoint.pt")
         run.save()

@@ -143,7 +143,7 @@ def make_run(module, n_offline=0, capacity=10, **values):
     run.keeps_offline_data = bool(n_offline)
     run.env = SimpleNamespace(obs_dim=1, act_dim=1, binary=False, score=lambda: 0.0, episode_return=0.0)
     run.reward_scale, run.reward_bias = run.config.reward_scale, run.config.reward_bias
-    run.coefficient, run.episode_rewards, run.train_episodes, run.step = lambda s, a: torch.zeros(1), [], [], 0
+    run.coefficient, run.episode_rewards, run.train_episodes, run.step = lambda s, a, s_next: torch.zeros(1), [], [], 0
     run.coefficient.fit_iterations = 0
     run.buffer = run.new_buffer(capacity)
     if n_offline:
@@ -307,7 +307,7 @@ def test_resumed_run_equals_the_uninterrupted_one(calql, samg, hopper_file, tmp_
 def test_run_from_end_to_end(hopper_file, tmp_path):
     run_script(ROOT / "algorithms" / "calql_samg.py", dataset=hopper_file, runs_dir=tmp_path, **TINY)
     folder = only_folder(tmp_path)
-    assert [len(rows(folder, phase)) for phase in ("offline", "vae", "online")] == [6, 4, 32]
+    assert [len(rows(folder, phase)) for phase in ("offline", "coefficient", "online")] == [6, 4, 32]
     assert len(numbers(folder, "offline", "bound_rate")) == 6 and len(numbers(folder, "online", "bound_rate")) == 28
     assert numbers(folder, "offline", "bound_rate")[0] > 0.9 and any(numbers(folder, "online", "bound_rate"))
     assert any(numbers(folder, "online", "r_in_mean"))

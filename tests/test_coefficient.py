@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 torch.set_num_threads(1)
 OBS, ACT = 3, 1
@@ -19,6 +20,15 @@ def make_coefficient(awac, **values):
     torch.manual_seed(0)
     config = awac.TrainConfig(**{"vae_hidden_dim": 12, "batch_size": 16, "p_threshold": 0.3} | values)
     return awac.VAECoefficient(config, OBS, ACT, "cpu")
+
+
+def make_dataset(awac, batch):
+    """A data set of these rows that always draws all of them, in order."""
+    n = len(batch.p)
+    dataset = awac.ReplayBuffer(n, OBS, ACT, "cpu")
+    dataset.load(torch.hstack([column.reshape(n, -1) for column in batch]).numpy())
+    dataset.sample = lambda batch_size: dataset.stored()
+    return dataset
 
 
 def make_batch(awac, n, seed=0, shift=0.0):
@@ -55,9 +65,9 @@ def test_p_is_kept_at_the_threshold_and_0_below_it(awac):
 
 def test_p_of_rows_does_not_depend_on_the_other_rows(awac):
     coefficient, batch = make_coefficient(awac), make_batch(awac, 50)
-    coefficient.fit(make_batch(awac, 500, seed=1))
-    p = coefficient(batch.states, batch.actions)
-    one_by_one = [coefficient(s[None], a[None]).item() for s, a in zip(batch.states, batch.actions)]
+    coefficient.fit(make_dataset(awac, make_batch(awac, 500, seed=1)))
+    p = coefficient(*batch.triple())
+    one_by_one = [coefficient(*(x[None] for x in row)).item() for row in zip(*batch.triple())]
     assert p.tolist() == pytest.approx(one_by_one, abs=1e-5) and not p.requires_grad
     assert ((p == 0) | ((p >= 0.3) & (p <= 1))).all() and 0 < (p > 0).sum() < 50
 
@@ -72,7 +82,7 @@ def test_a_dimension_without_variance_gives_1_on_its_mean_and_0_off_it(awac):
 def test_constant_coefficients_look_at_no_sample(awac, kind, low, high):
     torch.manual_seed(0)
     coefficient = awac.COEFFICIENTS[kind](awac.TrainConfig(coefficient=kind), OBS, ACT, "cpu")
-    p = coefficient(torch.randn(2000, OBS), torch.randn(2000, ACT))
+    p = coefficient(*(torch.randn(2000, width) for width in (OBS, ACT, OBS)))
     assert p.shape == (2000,) and p.min() >= low and p.max() <= high and coefficient.fit_iterations == 0
     if kind == "random":
         assert torch.histc(p, 4, 0, 1).tolist() == pytest.approx([500] * 4, abs=80)
@@ -165,7 +175,7 @@ def test_a_fit_step_descends_on_reconstruction_plus_beta_kl(awac, monkeypatch):
     before = [parameter.detach().clone() for parameter in coefficient.vae.parameters()]
     reconstruction, kl = coefficient.vae.losses(batch)
     gradients = torch.autograd.grad(reconstruction + 0.7 * kl, [*coefficient.vae.parameters()])
-    metrics = coefficient.fit_step(batch, 0)
+    metrics = coefficient.fit_step(make_dataset(awac, batch), 0)
     assert (metrics["vae_reconstruction"], metrics["vae_kl"]) == (reconstruction, kl)
     for parameter, old, gradient in zip(coefficient.vae.parameters(), before, gradients):
         torch.testing.assert_close(parameter, old - 1e-3 * gradient / (gradient.abs() + 1e-8), rtol=0, atol=1e-6)
@@ -175,14 +185,15 @@ def test_a_fit_step_descends_on_reconstruction_plus_beta_kl(awac, monkeypatch):
 def test_beta_rises_while_kl_is_above_its_target_and_falls_below(awac, kl, shift):
     coefficient = make_coefficient(awac, vae_kl_target=0.02, vae_beta=0.5, vae_learning_rate=0.0)
     constant_encoder(coefficient.vae, mean=math.sqrt(2 * kl), std=1.0)
-    assert coefficient.fit_step(make_batch(awac, 6), 0)["vae_beta"].item() == 0.5
+    assert coefficient.fit_step(make_dataset(awac, make_batch(awac, 6)), 0)["vae_beta"].item() == 0.5
     assert coefficient.beta.item() == pytest.approx(0.5 * math.exp(shift), rel=1e-6)
 
 
 def test_the_controller_brings_the_kl_to_its_target(awac):
     coefficient, batch = make_coefficient(awac, vae_kl_target=0.05, vae_learning_rate=3e-3), make_batch(awac, 256)
     batch.next_states[:, 0] = torch.randn(256)
-    kl = [coefficient.fit_step(batch, step)["vae_kl"].item() for step in range(1500)]
+    dataset = make_dataset(awac, batch)
+    kl = [coefficient.fit_step(dataset, step)["vae_kl"].item() for step in range(1500)]
     assert np.mean(kl[-200:]) == pytest.approx(0.05, rel=0.3)
 
 
@@ -191,7 +202,8 @@ def test_the_controller_brings_the_kl_to_its_target(awac):
 )
 def test_without_a_target_beta_rises_linearly_and_stays(awac, annealing, schedule):
     coefficient = make_coefficient(awac, vae_kl_target=0.0, vae_beta=0.5, vae_kl_annealing=annealing)
-    betas = [coefficient.fit_step(make_batch(awac, 6), step)["vae_beta"].item() for step in range(6)]
+    dataset = make_dataset(awac, make_batch(awac, 6))
+    betas = [coefficient.fit_step(dataset, step)["vae_beta"].item() for step in range(6)]
     assert betas == schedule
 
 
@@ -202,7 +214,7 @@ def test_a_posterior_that_stays_collapsed_is_reported_once(awac, capsys):
     run.collapsed = run.step = run.clock = run.clock_step = 0
     bar, warnings = SimpleNamespace(total=99, update=lambda: None), []
     for step, kl in enumerate([1e-6, 1e-6, 0.03, *[1e-6] * 9], start=1):
-        run.report("vae", step, {"vae_kl": torch.tensor(kl)}, bar)
+        run.report("coefficient", step, {"vae_kl": torch.tensor(kl)}, bar)
         if "collapsed" in "".join(capsys.readouterr()):
             warnings.append(step)
     assert warnings == [6]
@@ -212,13 +224,12 @@ def test_a_posterior_that_stays_collapsed_is_reported_once(awac, capsys):
 @pytest.mark.parametrize("n", [300, 8192, 20_000])
 def test_fit_takes_the_moments_of_all_rows_and_keeps_a_probe_of_them(awac, n):
     coefficient, batch = make_coefficient(awac), make_batch(awac, n)
-    coefficient.fit(batch)
+    coefficient.fit(make_dataset(awac, batch))
     assert coefficient.count.item() == n
     for i, outputs in enumerate(numpy_encode(coefficient.vae, batch)):
         np.testing.assert_allclose(coefficient.mean[i], outputs.mean(0), rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(coefficient.var[i], outputs.var(0), rtol=1e-4)
-    rows = {row.tobytes() for row in np.hstack([batch.states, batch.actions])}
-    probe = {row.tobytes() for row in coefficient.probe.numpy()}
+    rows, probe = ({row.tobytes() for row in np.hstack(triple)} for triple in (batch.triple(), coefficient.probe()))
     assert probe <= rows and len(probe) == min(n, 1000)
 
 
@@ -231,12 +242,13 @@ REPORT = {"mastered_rows", "adapt_accepted"} | {
 def adapted(awac, **values):
     """Fit a coefficient, adapt it to rows that it did not know; returns it, both sets of rows, state before, report."""
     coefficient, offline = make_coefficient(awac, **values), make_batch(awac, 600)
+    dataset = make_dataset(awac, offline)
     for step in range(50):
-        coefficient.fit_step(offline, step)
-    coefficient.fit(offline)
-    known = offline.select(coefficient(offline.states, offline.actions) > 0)
+        coefficient.fit_step(dataset, step)
+    coefficient.fit(dataset)
+    known = offline.select(coefficient(*offline.triple()) > 0)
     strange = make_batch(awac, 300, seed=1, shift=1.5)
-    mastered = strange.select(coefficient(strange.states, strange.actions) == 0)
+    mastered = strange.select(coefficient(*strange.triple()) == 0)
     assert min(len(known.p), len(mastered.p)) > 50
     before = {name: value.clone() for name, value in coefficient.state_dict().items()}
     torch.manual_seed(3)
@@ -254,14 +266,18 @@ def test_an_accepted_update_changes_encoder_and_moments_and_reports_p_before_and
     coefficient, mastered, known, before, report = adapted(awac, adapt_iterations=20)
     assert report["adapt_accepted"] == 1 and report.keys() == REPORT
     changed = {name for name, value in coefficient.state_dict().items() if not torch.equal(value, before[name])}
-    assert {"count", "mean", "var", "vae.encoder.0.weight"} <= changed and not changed & {"beta", "probe"}
+    assert {"count", "mean", "var", "vae.encoder.0.weight"} <= changed and not changed & {
+        "beta",
+        "probe_states",
+        "probe_actions",
+    }
     assert coefficient.count.item() == 600 + len(mastered.p)
     after = {"mastered": mastered, "known": known}
     for name, rows in after.items():
-        p = coefficient(rows.states, rows.actions).mean().item()
+        p = coefficient(*rows.triple()).mean().item()
         assert report[f"p_{name}_after"] == pytest.approx(p, abs=1e-6)
     assert report["p_mastered_before"] == 0 and report["p_known_before"] >= 0.3
-    assert report["p_probe_after"] == pytest.approx(coefficient(*coefficient.probe.split([OBS, ACT], 1)).mean().item())
+    assert report["p_probe_after"] == pytest.approx(coefficient(*coefficient.probe()).mean().item())
 
 
 def test_without_a_gradient_step_the_mastered_rows_join_the_moments_with_the_offline_rows(awac):
@@ -289,6 +305,123 @@ def test_the_hold_keeps_what_is_known(awac):
     assert drop(1000.0) < drop(0.0)
 
 
+# --- Calibrated coefficients
+CALIBRATED = ("likelihood", "rnd", "embedding")
+
+
+def make_calibrated(awac, kind, **values):
+    torch.manual_seed(0)
+    config = awac.TrainConfig(**{"coefficient": kind, "fit_hidden_dim": 12, "p_threshold": 0.0} | values)
+    return awac.COEFFICIENTS[kind](config, OBS, ACT, "cpu")
+
+
+def fitted(awac, kind, **values):
+    """A coefficient that knows actions near the sum of a state's dimensions; its data set."""
+    coefficient = make_calibrated(awac, kind, **{"fit_iterations": 400, "batch_size": 64} | values)
+    batch = make_batch(awac, 3000)
+    batch.actions.copy_(batch.states.sum(1, keepdim=True) + 0.1 * batch.actions)
+    batch.next_states.copy_(batch.states + batch.actions)
+    dataset = awac.ReplayBuffer(3000, OBS, ACT, "cpu")
+    dataset.load(torch.hstack([column.reshape(3000, -1) for column in batch]).numpy())
+    for step in range(coefficient.fit_iterations):
+        coefficient.fit_step(dataset, step)
+    coefficient.fit(dataset)
+    return coefficient, dataset
+
+
+@pytest.mark.parametrize("n", [100, 1000, 1234])
+def test_every_tenth_of_a_hundred_stretches_is_held_out(awac, n):
+    mask = awac.held_out(n)
+    assert mask.shape == (n,) and abs(mask.sum().item() - n / 10) <= 10
+    assert (mask[1:] & ~mask[:-1]).sum() == 10  # ten stretches, none at the start
+
+
+def test_too_few_rows_to_hold_any_out_end_in_one_line(awac):
+    with pytest.raises(SystemExit, match="at least 100 transitions, this one has 99"):
+        awac.held_out(99)
+
+
+def test_p_is_the_share_of_held_out_rows_at_least_as_strange(awac):
+    coefficient = make_calibrated(awac, "rnd")
+    coefficient.scores.copy_(torch.arange(1.0, 1001.0))
+    found = coefficient.degree(torch.tensor([0.0, 1.0, 1.5, 500.0, 1000.0, 1001.0])).tolist()
+    assert found == pytest.approx([1.0, 1.0, 0.999, 0.501, 0.001, 0.0], abs=1e-6)
+
+
+def test_strangeness_by_hand(awac):
+    states, actions = torch.zeros(2, OBS), torch.tensor([[1.0], [-3.0]])
+    likelihood = make_calibrated(awac, "likelihood")
+    for parameter in likelihood.policy.parameters():
+        parameter.data.zero_()
+    weights, bias = [0.5, 0.25, 0.25, 0.0, 0.0], likelihood.policy[-1].bias.data
+    bias[:5] = torch.tensor(weights).log().clamp_min(-1e4)
+    bias[5::2] = torch.tensor([1.0, -3.0, 9.0, 0.0, 0.0])  # means
+    bias[6::2] = torch.tensor([2.0, 1.0, 1.0, 1.0, 1.0]).log()  # deviations
+    found = likelihood.strangeness(states, actions, states).tolist()
+    first, second = 0.5 / 2 + 0.25 * math.exp(-8) + 0.25 * math.exp(-32), 0.5 / 2 * math.exp(-2) + 0.25
+    assert found == pytest.approx([-math.log(first), -math.log(second)], abs=1e-6)
+
+    rnd = make_calibrated(awac, "rnd")
+    for parameter in [*rnd.predictor.parameters(), *rnd.target.parameters()]:
+        parameter.data.zero_()
+    rnd.predictor[-1].bias.data[:16] = 3.0  # half of the outputs are 3 off
+    assert rnd.strangeness(states, actions, states).tolist() == pytest.approx([4.5, 4.5])
+    assert not any(parameter.requires_grad for parameter in rnd.target.parameters())
+
+    embedding = make_calibrated(awac, "embedding")
+    for parameter in embedding.head.parameters():
+        parameter.data.zero_()
+    assert embedding.strangeness(states, actions, states).tolist() == pytest.approx([1.0, 9.0])
+    embedding.scores.copy_(torch.tensor([1.0, 3.0]).repeat(500))  # mean 2, deviation 1
+    p = embedding.degree(torch.tensor([2.0, 3.0, 0.0, 5.0])).tolist()
+    assert p == pytest.approx([ERFC[0], ERFC[1], ERFC[2], ERFC[3]], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", CALIBRATED)
+def test_a_fit_never_sees_the_held_out_rows_and_calibrates_on_them(awac, kind):
+    coefficient, dataset = fitted(awac, kind)
+    mask = awac.held_out(dataset.size)
+    assert torch.equal(coefficient.training_rows, (~mask).nonzero().squeeze(1))
+    assert coefficient.count.item() == mask.sum().item()
+    held = dataset.batch(dataset.rows[mask])
+    p = coefficient(*held.triple())
+    if kind != "embedding":  # whose p is a normal's tail
+        assert [(p >= level).float().mean().item() for level in (0.1, 0.5, 0.9)] == pytest.approx(
+            [0.9, 0.5, 0.1], abs=0.01
+        )
+    strange = held._replace(actions=held.actions + 5.0)
+    assert coefficient(*strange.triple()).mean() < p.mean() / 2
+    thresholded = make_calibrated(awac, kind, p_threshold=0.3)
+    thresholded.load_state_dict(coefficient.state_dict())
+    assert torch.equal(thresholded(*held.triple()), torch.where(p >= 0.3, p, 0.0))
+    states = dataset.stored().states
+    torch.testing.assert_close(coefficient.state_mean, states.mean(0))
+    torch.testing.assert_close(coefficient.state_std, states.std(0) + 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["vae", "likelihood", "rnd"])
+def test_adaptive_updates_raise_p_of_mastered_rows_and_keep_that_of_the_offline_probe(awac, kind):
+    torch.manual_seed(0)
+    env = SimpleNamespace(name="Hopper-v4", obs_dim=11, act_dim=3, action_low=-1.0, action_high=1.0)
+    rows, _ = awac.load_dataset(ROOT / "data" / "hopper-medium-mini.hdf5", env)
+    dataset = awac.ReplayBuffer(len(rows), 11, 3, "cpu")
+    dataset.load(rows)
+    sizes = {"vae_iterations": 600, "vae_hidden_dim": 64, "fit_iterations": 600, "fit_hidden_dim": 64}
+    config = awac.TrainConfig(coefficient=kind, p_threshold=0.6 if kind == "vae" else 0.05, **sizes)
+    coefficient = awac.COEFFICIENTS[kind](config, 11, 3, "cpu")
+    for step in range(600):
+        coefficient.fit_step(dataset, step)
+    coefficient.fit(dataset)
+    offline = dataset.stored().select(torch.arange(0, len(rows), 10))
+    strange = offline._replace(actions=(offline.actions + 0.1 * torch.randn_like(offline.actions)).clamp(-1, 1))
+    known = offline.select(coefficient(*offline.triple()) > 0)
+    mastered = strange.select(coefficient(*strange.triple()) == 0)
+    assert min(len(known.p), len(mastered.p)) > 100
+    for report in (coefficient.adapt(mastered, known) for _ in range(2)):
+        assert report["adapt_accepted"] and report["p_mastered_after"] > report["p_mastered_before"]
+        assert report["p_probe_after"] > report["p_probe_before"] - 0.02
+
+
 # --- The update within a run
 def fake_run(awac, period, n_rows, **values):
     """A run after `n_rows` steps, ring of 60 rows: p = 0 in every third, Bellman error the row's number."""
@@ -309,7 +442,7 @@ def fake_run(awac, period, n_rows, **values):
             self.mastered, self.known = mastered.states[:, 0].tolist(), known.states[:, 0].tolist()
             return {"adapt_accepted": 1}
 
-        def __call__(self, states, actions):
+        def __call__(self, states, actions, next_states):
             return states[:, 0] / 1000
 
     parts = {"config": config, "agent": agent, "coefficient": Coefficient(), "buffer": buffer}

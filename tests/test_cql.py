@@ -300,7 +300,7 @@ def test_run_from_end_to_end(hopper_file, tmp_path):
     run_script(ROOT / "algorithms" / "cql_samg.py", dataset=hopper_file, runs_dir=tmp_path, **TINY)
     folder = tmp_path / "Hopper-v4" / "cql-samg-seed0"
     assert json.loads((folder / "summary.json").read_text())["algorithm"] == "cql_samg"
-    assert [len(rows(folder, phase)) for phase in ("offline", "vae", "online")] == [6, 4, 32]
+    assert [len(rows(folder, phase)) for phase in ("offline", "coefficient", "online")] == [6, 4, 32]
     for column in ("critic_loss", "actor_loss", "q_mean", "cql_gap", "entropy", "alpha"):
         assert len(numbers(folder, "offline", column)) == 6 and len(numbers(folder, "online", column)) == 28, column
     assert any(numbers(folder, "online", "r_in_mean"))

@@ -389,7 +389,7 @@ def test_bellman_errors_use_the_critic_now_and_v_of_the_periods_start(iql):
 
 # --- Whole runs
 SETTINGS = TINY | {"actor_dropout": 0.1}
-MOMENTS = {("offline", 130), ("vae", 130), ("online", 430)}  # none is that of a checkpoint
+MOMENTS = {("offline", 130), ("coefficient", 130), ("online", 430)}  # none is that of a checkpoint
 SCRIPT = ROOT / "algorithms" / "iql_samg.py"
 
 
@@ -433,7 +433,7 @@ def test_the_checkpoint_holds_v_off_of_every_row(iql, finished):
     assert len(stored) == 500 and stored[:, -1].any()
 
 
-@pytest.mark.parametrize("moment", ["offline130", "vae130", "online430"])
+@pytest.mark.parametrize("moment", ["offline130", "coefficient130", "online430"])
 def test_resumed_run_equals_the_uninterrupted_one(moment, finished, call, tmp_path):
     folder = shutil.copytree(finished.parents[2] / moment, tmp_path / "moved")
     assert len(rows(folder)) < len(rows(finished))

@@ -22,6 +22,7 @@ from runs import (
     assert_equal,
     assert_plain_fine_tuning,
     assert_same_run,
+    check_resumes,
     checkpoint,
     command,
     copies_at,
@@ -47,7 +48,7 @@ def finished(hopper_file, tmp_path_factory):
     return SimpleNamespace(process=process, folder=tmp / "runs" / "Hopper-v4" / "awac-samg-seed0", tmp=tmp)
 
 
-MOMENTS = {("offline", 130), ("vae", 130), ("online", 70), ("online", 430)}  # none is that of a checkpoint
+MOMENTS = {("offline", 130), ("coefficient", 130), ("online", 70), ("online", 430)}  # none is that of a checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +105,10 @@ def test_config_gives_the_same_configuration(finished, awac, hopper_file):
 def test_metrics_have_every_phase_and_column(finished):
     folder = finished.folder
     steps = [(row["phase"], int(row["step"])) for row in rows(folder)]
-    ends = (("offline", 200), ("vae", 150), ("online", 500))
+    ends = (("offline", 200), ("coefficient", 150), ("online", 500))
     log = {(phase, step) for phase, end in ends for step in {*range(20, end + 1, 20), end}}
     assert set(steps) == log and len(steps) == len(log)
-    assert [phase for phase, _ in steps] == ["offline"] * 10 + ["vae"] * 8 + ["online"] * 25
+    assert [phase for phase, _ in steps] == ["offline"] * 10 + ["coefficient"] * 8 + ["online"] * 25
     assert len(numbers(folder, "offline", "score")) == 1 and len(numbers(folder, "online", "score")) == 3
     for column in ("p_mean", "p_share", "p_q10", "p_q50", "p_q90", "guidance_weight"):
         values = numbers(folder, "online", column)
@@ -115,8 +116,9 @@ def test_metrics_have_every_phase_and_column(finished):
     assert 0 < numbers(folder, "online", "p_mean")[-1] < numbers(folder, "online", "p_share")[-1] < 1
     assert len(numbers(folder, "online", "r_in_mean")) == 20  # from the warm-up's end on
     assert any(numbers(folder, "online", "r_in_mean"))
-    assert numbers(folder, "vae", "vae_reconstruction")[-1] < numbers(folder, "vae", "vae_reconstruction")[0]
-    assert all(value > 0 for value in numbers(folder, "vae", "vae_kl"))
+    reconstruction = numbers(folder, "coefficient", "vae_reconstruction")
+    assert reconstruction[-1] < reconstruction[0]
+    assert all(value > 0 for value in numbers(folder, "coefficient", "vae_kl"))
     with open(folder / "metrics.csv", newline="") as file:
         assert all(float(row["steps_per_second"]) > 0 for row in csv.DictReader(file))
     assert not any(value in ("nan", "inf", "-inf") for row in rows(folder) for value in row.values())
@@ -132,7 +134,7 @@ def test_summary_follows_from_the_metrics(finished):
     assert summary["regret"] == pytest.approx(1 - np.mean(online) / 100)
     low, high = min(numbers(finished.folder, "online", "train_return")), summary["best_score"] * 33 + 100
     assert low <= summary["train_return"] <= high
-    assert summary["seconds"].keys() == {"vae", "offline", "environment", "online", "evaluation"}
+    assert summary["seconds"].keys() == {"coefficient", "offline", "environment", "online", "evaluation"}
     assert all(value > 0 for value in summary["seconds"].values())
     assert 50 < summary["peak_memory_mb"] < 20_000
     assert summary["seed"] == 0 and summary["device"] == "cpu"
@@ -160,11 +162,11 @@ def test_same_seed_gives_the_same_run(finished, snapshots):
 def test_another_seed_gives_another_run(finished, call, hopper_file, tmp_path):
     short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 20, "seed": 1}
     call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path, **(TINY | short))
-    for phase in ("offline", "vae", "online"):
+    for phase in ("offline", "coefficient", "online"):
         assert rows(only_folder(tmp_path), phase)[0] != rows(finished.folder, phase)[0]
 
 
-@pytest.mark.parametrize("moment", ["offline130", "vae130", "online70", "online430"])
+@pytest.mark.parametrize("moment", ["offline130", "coefficient130", "online70", "online430"])
 def test_resumed_run_equals_the_uninterrupted_one(moment, finished, snapshots, call, tmp_path):
     folder = shutil.copytree(snapshots / moment, tmp_path / "moved")  # so this is a moved folder, too
     assert len(rows(folder)) < len(rows(finished.folder)) and not (folder / "summary.json").exists()
@@ -269,7 +271,7 @@ def without_coefficient(call, hopper_file, tmp_path_factory):
 
 def test_checkpoint_without_coefficient_gets_one_fitted_first(without_coefficient, call, hopper_file, tmp_path):
     folder = start_online(call, without_coefficient, tmp_path, **(SHORT | {"dataset": hopper_file}))
-    assert [row["phase"] for row in rows(folder)] == ["vae"] * 8 + ["online"] * 8
+    assert [row["phase"] for row in rows(folder)] == ["coefficient"] * 8 + ["online"] * 8
     assert numbers(folder, "online", "p_mean")[-1] > 0
     assert checkpoint(folder)["coefficient"]["count"] >= 1500
 
@@ -283,7 +285,26 @@ def test_run_from_a_checkpoint_stopped_at_once_resumes(without_coefficient, call
         patch.setattr(awac.Run, "report", stop)  # in the C-VAE's first step, before any checkpoint
         start_online(call, without_coefficient, tmp_path, **settings)
     call("--resume", only_folder(tmp_path))
-    assert {row["phase"] for row in rows(only_folder(tmp_path))} == {"vae", "online"}  # not the offline phase again
+    phases = {row["phase"] for row in rows(only_folder(tmp_path))}
+    assert phases == {"coefficient", "online"}  # not the offline phase again
+
+
+@pytest.mark.parametrize("kind", ["likelihood", "rnd", "embedding"])
+def test_another_coefficient_is_fitted_first_and_then_shared(kind, finished, call, hopper_file, tmp_path):
+    settings = SHORT | {"coefficient": kind, "fit_iterations": 100, "p_threshold": 0.05, "buffer_size": 160}
+    source = finished.folder / "offline_checkpoint.pt"  # with a C-VAE
+    first = start_online(call, source, tmp_path / "first", dataset=hopper_file, **settings)
+    assert [row["phase"] for row in rows(first)] == ["coefficient"] * 5 + ["online"] * 8
+    assert numbers(first, "coefficient", "fit_loss") and 0 < numbers(first, "online", "p_mean")[-1] < 1
+    second = start_online(call, first / "offline_checkpoint.pt", tmp_path / "second", dataset="gone.hdf5", **settings)
+    assert rows(second) == rows(first, "online")
+
+
+def test_a_run_stopped_while_it_fits_another_coefficient_resumes(awac, call, hopper_file, tmp_path):
+    settings = TINY | {"coefficient": "likelihood", "fit_iterations": 150, "offline_iterations": 20, **SHORT}
+    moments = {("coefficient", 130)}
+    folder = check_resumes(call, moments, awac.Run, tmp_path, env="Hopper-v4", dataset=hopper_file, **settings)
+    assert folder.name == "awac-samg-likelihood-seed0"
 
 
 # --- Other tasks and places
