@@ -94,9 +94,9 @@ def load(request):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_there_is_a_file_for_each_of_the_18_tasks_and_a_quickstart(algorithm):
+def test_there_is_a_file_for_each_of_the_18_tasks_and_the_quickstarts(algorithm):
     assert {path.name for owner, path in CONFIGS if owner == algorithm} == {
-        f"{name}.yaml" for name in (*TASKS, "quickstart")
+        f"{name}.yaml" for name in (*TASKS, "quickstart", "quickstart_likelihood")
     }
     assert len(TASKS) == 18
 
