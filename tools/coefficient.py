@@ -12,7 +12,8 @@ rows are held out, each coefficient is fitted to the rest, and p of held-out row
   shifted_state   each dimension of the state one standard deviation up or down
   other_level     the rows of another data set of the task (--other)
   mastered        after one adaptive update, the rows that it has learned
-by AUROC: 1 tells the two apart, 0.5 does not. For `mastered`, low is good: what is learned shall look known. This
+by AUROC: 1 tells the two apart, 0.5 does not. `embedding`, which looks at s' too, sees the successor of the data's own
+action in the first three: that flatters it. For `mastered`, low is good: what is learned shall look known. This
 update takes mastered_share of the other_level rows with p = 0 (random_action where these do not suffice, with the
 successors of the held-out rows), drawn at random, for no critic is here to choose them.
 
