@@ -1,6 +1,26 @@
 # GPU image: PyTorch's own wheels bring CUDA, so the base needs none; the host needs the NVIDIA container toolkit.
 #   docker build -t samg .
 #   docker run --gpus all -v "$PWD/runs:/samg/runs" samg algorithms/awac_samg.py --config configs/awac/quickstart.yaml
+# With D4RL's own simulators (gym, mujoco-py) in the place of Gymnasium's:
+#   docker build --target d4rl -t samg-d4rl .
+FROM python:3.11-slim AS d4rl
+
+RUN useradd --create-home --uid 1000 samg && mkdir -p /samg/runs && chown -R samg /samg
+WORKDIR /samg
+
+COPY requirements-d4rl.txt .
+COPY tools/install_d4rl.sh tools/
+RUN tools/install_d4rl.sh /opt/d4rl && rm -rf /var/lib/apt/lists/* /root/.cache
+
+COPY --chown=samg . .
+USER samg
+ENV PYTHONUNBUFFERED=1
+RUN /opt/d4rl/bin/python -c "import torch, gym, mujoco_py" && /opt/d4rl/bin/python algorithms/awac_samg.py --help > /dev/null
+ENTRYPOINT ["/opt/d4rl/bin/python"]
+CMD ["algorithms/awac_samg.py", "--help"]
+
+
+# The default: the last stage is what "docker build" makes.
 FROM python:3.11-slim
 
 RUN apt-get update && apt-get install -y --no-install-recommends libegl1 libgl1 libosmesa6 && rm -rf /var/lib/apt/lists/*

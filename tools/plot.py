@@ -16,12 +16,16 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 
-def read_curve(folder: Path, column: str) -> tuple[list[int], list[float], int]:
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv; a last line that is still being written is left out."""
+    text = (folder / "metrics.csv").read_text()
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def read_curve(rows: list[dict[str, str]], column: str) -> tuple[list[int], list[float], int]:
     """Steps (offline updates, then online steps), values, and the step of the switch; C-VAE updates take no room."""
-    with open(folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["phase"] != "vae"]
     switch = max((int(row["step"]) for row in rows if row["phase"] == "offline"), default=0)
-    rows = [row for row in rows if row[column]]
+    rows = [row for row in rows if row[column] and row["phase"] != "coefficient"]
     steps = [int(row["step"]) + (switch if row["phase"] == "online" else 0) for row in rows]
     return steps, [float(row[column]) for row in rows], switch
 
@@ -39,10 +43,11 @@ def main() -> None:
         label = None if name in colours else name
         colour = colours.setdefault(name, f"C{len(colours)}")
         try:
-            steps, scores, switch = read_curve(folder, "score")
+            rows = read_rows(folder)
+            steps, scores, switch = read_curve(rows, "score")
             top.plot(steps, scores, marker=".", color=colour, alpha=0.8, label=label)
-            bottom.plot(*read_curve(folder, "p_mean")[:2], color=colour, alpha=0.8)
-            bottom.plot(*read_curve(folder, "p_share")[:2], color=colour, alpha=0.8, linestyle="--")
+            bottom.plot(*read_curve(rows, "p_mean")[:2], color=colour, alpha=0.8)
+            bottom.plot(*read_curve(rows, "p_share")[:2], color=colour, alpha=0.8, linestyle="--")
         except (OSError, KeyError, ValueError) as error:
             raise SystemExit(f"error: no readable metrics.csv in {folder} ({error})") from None
         switches.add(switch)
