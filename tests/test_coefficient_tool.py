@@ -160,6 +160,14 @@ def test_the_same_seed_gives_the_same_numbers(tool, awac):
     assert numbers[0] == numbers[1] != numbers[2]
 
 
+@pytest.mark.parametrize("kind", ["likelihood", "rnd", "embedding"])
+def test_calibrated_coefficients_are_measured(tool, awac, kind):
+    config = awac.TrainConfig(coefficient=kind, fit_iterations=300, fit_hidden_dim=16, p_threshold=0.05, device="cpu")
+    result = tool.measure(awac, tool.Entry(kind, config), tool.make_data(awac, MINI, None, 4000, 0, "cpu"), 0).result
+    assert result["auroc"]["random_action"] > 0.6 and 0.8 < result["share_above_threshold"] <= 1
+    assert result["kl"] is None and result["ks_uniform"] < (1 if kind == "embedding" else 0.2)
+
+
 def test_a_collapse_and_a_missing_guidance_are_said_in_words(tool, measured):
     row = json.loads((measured / "all.json").read_text())["vae"]
     assert "collapsed" not in tool.tables({"vae": row | {"collapsed": False}})

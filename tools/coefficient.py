@@ -240,8 +240,8 @@ def row_microseconds(coefficient: Any, batch: Any, n: int) -> float:
 
 
 def fit_metrics(coefficient: Any, held_out: Any, n_batches: int = 20) -> dict[str, float]:
-    """fit_step's metrics on held-out rows: mean over batches, each of them on a copy, so that none is learned from."""
-    if not coefficient.fit_iterations:
+    """A C-VAE's metrics on held-out rows: mean over batches, each of them on a copy, so that none is learned from."""
+    if not hasattr(coefficient, "vae"):
         return {}
     found = [copy.deepcopy(coefficient).fit_step(held_out, coefficient.fit_iterations - 1) for _ in range(n_batches)]
     return {name: float(np.mean([metrics[name].item() for metrics in found])) for name in found[0]}
