@@ -18,6 +18,7 @@ well the offline data knew that sample, p(s, a), Eq. (1). CQL (Kumar et al., 202
 # ]
 # ///
 
+import codecs
 import contextlib
 import copy
 import csv
@@ -28,6 +29,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -55,8 +57,8 @@ from tqdm import tqdm
 @dataclass
 class TrainConfig:
     # --- Task
-    env: str = "hopper-medium-v2"  # D4RL name, or any Gymnasium id with a Box action space
-    dataset: str = ""  # D4RL-layout HDF5 file; empty: the D4RL file of env, found locally or downloaded
+    env: str = "hopper-medium-v2"  # D4RL name or Gymnasium id with a Box action space; empty: a Minari data set's own
+    dataset: str = ""  # HDF5 file in D4RL's layout, folder, or minari:<id>; empty: D4RL's own, found or downloaded
     seed: int = 0  # seeds networks, batches, exploration and every training episode's reset
     eval_seed: int = 0  # seeds the evaluation episodes: the same start states for every evaluation and every run
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
@@ -162,7 +164,9 @@ def check_cql(config: Any) -> None:
 
 
 def check_config(config: Any) -> None:
-    """Raise ValueError for a value that no run can use."""
+    """Take a Minari data set's environment where none is given; raise ValueError for a value that no run can use."""
+    if str(config.dataset).startswith("minari:") and config.env in ("", type(config).env):
+        config.env = config.dataset
     at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations", "fit_hidden_dim")
     at_least_1 += ("fit_iterations",)
     shares = ("p_threshold", "vae_mean_weight", "mastered_share", "gamma", "tau")
@@ -234,13 +238,18 @@ def derive_seed(seed: int, stream: str, index: int = 0) -> int:
 
 
 class Environment:
-    """A simulator behind one interface. Adroit's `-binary` tasks (Cal-QL) pay -1 a step, 0 while the goal is held."""
+    """A simulator behind one interface. Adroit's `-binary` tasks (Cal-QL) pay -1 a step, 0 at the goal.
 
-    def __init__(self, name: str, **options: Any) -> None:
-        self.name, self.family, self.binary = name, name.split("-")[0].lower(), "-binary-" in name
+    As in Cal-QL, the goal ends these, a dropped pen does not; evaluations go on, for the whole dense return [ours].
+    """
+
+    def __init__(self, name: str, ends_at_goal: bool = True, **options: Any) -> None:
+        self.ends_at_goal = ends_at_goal
+        self.env, self.old_api = make_simulator(name, options)
+        task = self.env.spec.id if name.startswith("minari:") else name
+        self.name, self.family, self.binary = name, task.split("-")[0].lower(), "-binary-" in task
         self.counts_success = self.binary or self.family == "antmaze"
         self.normalized = self.counts_success or self.family in REFERENCE_RETURNS
-        self.env, self.old_api = make_simulator(name, options)
         states, actions = self.env.observation_space, self.env.action_space
         if len(states.shape or ()) != 1 or len(actions.shape or ()) != 1 or not actions.is_bounded():
             fail(f"{name} needs flat observations and bounded continuous actions, it has {states} and {actions}")
@@ -272,6 +281,8 @@ class Environment:
         self.episode_return += reward
         solved = bool(info["goal_achieved"]) if self.binary else reward > 0
         self.solved |= solved
+        if self.binary:
+            terminated, truncated = solved and self.ends_at_goal, truncated or "TimeLimit.truncated" in info
         return observation, solved - 1.0 if self.binary else reward, bool(terminated), bool(truncated)
 
     def score(self) -> float:
@@ -286,6 +297,8 @@ def make_simulator(name: str, options: dict[str, Any]) -> tuple[Any, bool]:
     """The simulator of that name, from gym with d4rl (then True: the old interface) or from Gymnasium."""
     env_id = name.replace("binary-v0", "cloned-v1")
     try:
+        if name.startswith("minari:"):
+            return open_minari(name).recover_environment(**options), False
         if all(importlib.util.find_spec(module) for module in ("gym", "d4rl")):
             os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
             import d4rl.gym_mujoco  # noqa: F401  by name: without mjrl, d4rl's own import stops before it
@@ -297,7 +310,7 @@ def make_simulator(name: str, options: dict[str, Any]) -> tuple[Any, bool]:
                 return gym.make(env_id), True
         import gymnasium
 
-        if importlib.util.find_spec("d4rl_envs"):
+        if (spec := importlib.util.find_spec("d4rl_envs")) and spec.origin:  # None: a folder, such as the checkout's
             import d4rl_envs  # noqa: F401  (registers D4RL's names)
         elif env_id.startswith(tuple(LOCOMOTION)):
             tqdm.write(f"{env_id}: without d4rl or d4rl_envs it runs on Gymnasium's v4, whose physics differ slightly")
@@ -323,18 +336,28 @@ def dataset_address(env: str) -> str:
     return f"{DATASET_HOST}/hand_dapg_v1/{env}.hdf5" if match else ""
 
 
-def find_dataset(env: str, dataset: str) -> Path:
-    """The HDF5 file of a run: `dataset` itself, or D4RL's file for `env`, downloaded if it is nowhere here."""
+def find_dataset(env: str, dataset: str) -> Path | str:
+    """What load_dataset reads: `dataset`, or what it holds for `env`; if empty, D4RL's file, found or downloaded."""
     alternatives = "give another data set by path with --dataset, or make one with tools/collect.py"
-    if dataset:
+    if (source := str(dataset) or env).startswith("minari:"):
+        return source
+    if dataset and not Path(dataset).is_dir():
         return Path(dataset) if Path(dataset).is_file() else fail(f"no data set at {dataset}; {alternatives}")
-    if not (address := dataset_address(env)):
-        fail(f"D4RL has no single data file for {env!r}; {alternatives}")
-    folders = [os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets", "~/.d4rl/datasets"]
-    paths = [Path(folder).expanduser() / Path(address).name for folder in folders]
-    if found := [path for path in paths if path.is_file()]:
+    folders = [dataset] if dataset else [os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets", "~/.d4rl/datasets"]
+    folders, address = [Path(folder).expanduser() for folder in folders], dataset_address(env)
+    names = list(dict.fromkeys([Path(address).name or f"{env}.hdf5", f"{env}.hdf5"]))  # D4RL's own name first
+    if found := [folder / name for folder in folders for name in names if (folder / name).is_file()]:
         return found[0]
-    path, aside = paths[0], paths[0].with_suffix(f".{os.getpid()}.part")  # other runs may download it at the same time
+    if "-binary-" in env:
+        if missing := [str(path) for path in binary_files(folders[0], env) if not path.is_file()]:
+            fail(f"{env} needs Cal-QL's {' and '.join(missing)}; name the folder of such files with --dataset")
+        return folders[0]
+    if dataset:
+        fail(f"no {' or '.join(names)} in {dataset}; {alternatives}")
+    if not address:
+        fail(f"D4RL has no single data file for {env!r}; {alternatives}")
+    path = folders[0] / Path(address).name
+    aside = path.with_suffix(f".{os.getpid()}.part")  # other runs may download it at the same time
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(address, timeout=30) as response, open(aside, "wb") as file:
@@ -350,8 +373,95 @@ def find_dataset(env: str, dataset: str) -> Path:
         aside.unlink(missing_ok=True)
 
 
-def load_dataset(path: Path, env: Environment) -> tuple[np.ndarray, np.ndarray]:
-    """Read a data set in D4RL's raw HDF5 layout; a file that does not fit ends the program.
+def read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a file in D4RL's raw layout; next_observations only if it has them."""
+    keys = ("observations", "actions", "next_observations", "rewards", "terminals", "timeouts")
+    try:
+        with h5py.File(path) as file:
+            if missing := sorted({*keys} - file.keys() - {"next_observations"}):
+                fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}")
+            for key in {*keys} & file.keys():
+                if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
+                    fail(f"{path}: {key} is not an array of numbers")
+            return {key: file[key][()].astype(np.float32, copy=False) for key in keys if key in file}
+    except OSError as error:
+        fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({error})")
+
+
+def join_episodes(episodes: list[tuple]) -> dict[str, np.ndarray]:
+    """Columns as read_hdf5's of episodes (s, a, r, s', d); the last row of each is a timeout, terminal or not."""
+    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
+    columns = zip(*[(*episode, np.arange(len(episode[2])) == len(episode[2]) - 1) for episode in episodes])
+    return {key: np.concatenate(parts, dtype=np.float32) for key, parts in zip(keys, columns)}
+
+
+def open_minari(name: str) -> Any:
+    """The Minari data set of `minari:<id>`, downloaded if it is not here."""
+    try:
+        import minari
+
+        return minari.load_dataset(name.removeprefix("minari:"), download=True)
+    except Exception as error:
+        fail(f'cannot open {name}: {error} (install: pip install "minari[hf]"; here already: minari list local)')
+
+
+def read_minari(name: str) -> dict[str, np.ndarray]:
+    dataset = open_minari(name)
+    if len(dataset.observation_space.shape or ()) != 1:
+        fail(f"{name} has no flat observations, they are {dataset.observation_space}")
+    try:
+        every = tqdm(dataset.iterate_episodes(), name, dataset.total_episodes, leave=False, delay=1)
+        columns = [(e.observations, e.actions, e.rewards, e.terminations) for e in every]
+        return join_episodes([(s[:-1], a, r, s[1:], d) for s, a, r, d in columns])
+    except Exception as error:
+        fail(f"cannot read {name}: {error}")
+
+
+def binary_files(folder: Path, env: str) -> list[Path]:
+    """Cal-QL's for a binary Adroit task: demonstrations, and rollouts of policies cloned from them."""
+    hand = env.split("-")[0]
+    return [folder / f"{hand}2_sparse.npy", folder / f"{hand}_bc_sparse4.npy"]
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits numpy's arrays and scalars beside Python's own kinds of values: any other pickle could run code."""
+
+    ADMITTED = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode, "OrderedDict": dict}
+    ADMITTED |= {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64().__reduce__()[0]}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, not only arrays")
+        return self.ADMITTED[name]
+
+
+def read_binary(folder: Path, env: str) -> dict[str, np.ndarray]:
+    """The columns that Cal-QL trains on (github.com/nakamotoo/Cal-QL, get_hand_dataset_with_mc_calculation).
+
+    Each trajectory up to its last solved row, none if there is none; every solved row, of reward 0, is a terminal.
+    """
+    episodes = []
+    for path in binary_files(folder, env):
+        try:
+            with open(path, "rb") as file:
+                getattr(np.lib.format, "read_array_header_{}_{}".format(*np.lib.format.read_magic(file)))(file)
+                trajectories = ArrayUnpickler(file).load()
+            for trajectory in trajectories:
+                keys = ("observations", "actions", "next_observations")
+                rows = ([x["state_observation"] if isinstance(x, dict) else x for x in trajectory[key]] for key in keys)
+                s, a, s_next = map(np.array, rows)
+                rewards = np.ravel(trajectory["rewards"])[: len(a)]  # a demonstration has one more
+                if not np.isin(rewards, (-1, 0)).all():
+                    raise ValueError("its rewards are not all -1 or 0")
+                if n := len(np.trim_zeros(rewards == 0, "b")):
+                    episodes.append((s[:n], a[:n].clip(-1, 1), rewards[:n], s_next[:n], rewards[:n] == 0))
+        except Exception as error:
+            fail(f"{path} is not as Cal-QL's ({type(error).__name__}: {error})")
+    return join_episodes(episodes) if episodes else fail(f"no trajectory in {folder} solves {env}")
+
+
+def load_dataset(path: Path | str, env: Environment) -> tuple[np.ndarray, np.ndarray]:
+    """Read a data set: HDF5 in D4RL's raw layout, `minari:<id>`, or a folder; what does not fit ends the program.
 
     Returns the transitions as rows [s | a | r | s' | d | 0 | 0], (n, 2 obs_dim + act_dim + 4) float32, and the complete
     episodes' returns. A timeout is no terminal. In a file without next_observations the next row is the successor; then
@@ -359,17 +469,11 @@ def load_dataset(path: Path, env: Environment) -> tuple[np.ndarray, np.ndarray]:
     """
     widths = {"observations": (env.obs_dim,), "actions": (env.act_dim,), "next_observations": (env.obs_dim,)}
     widths |= {"rewards": (), "terminals": (), "timeouts": ()}
-    try:
-        with h5py.File(path) as file:
-            if missing := sorted(widths.keys() - file.keys() - {"next_observations"}):
-                fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}")
-            for key in widths.keys() & file.keys():
-                if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
-                    fail(f"{path}: {key} is not an array of numbers")
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is reported below
-                data = {key: file[key][()].astype(np.float32, copy=False) for key in widths if key in file}
-    except OSError as error:
-        fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({error})")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is reported below
+        if str(path).startswith("minari:"):
+            data = read_minari(path)
+        else:
+            data = read_binary(path, env.name) if Path(path).is_dir() else read_hdf5(path)
     if not (n := data["rewards"].size):
         fail(f"{path} is empty")
     for key, array in data.items():
@@ -1089,7 +1193,7 @@ class Run:
         self.config, self.algorithm, self.device = config, algorithm, choose_device(config.device)
         folder = Path(config.runs_dir) / config.env.replace("/", "-") / f"{config.name}-seed{config.seed}"
         self.folder = Path(config.resume) if config.resume else folder
-        self.env, self.eval_env = Environment(config.env), Environment(config.env)
+        self.env, self.eval_env = Environment(config.env), Environment(config.env, ends_at_goal=False)
         torch.manual_seed(derive_seed(config.seed, "networks"))
         self.agent = algorithm(config, self.env, self.device)
         kind = COEFFICIENTS[config.coefficient if config.samg else "none"]
@@ -1419,7 +1523,7 @@ def main(algorithm: type, config_class: type, run_class: type) -> None:
         given = {name: getattr(config, name) for name in ("device", "threads", "n_test_episodes", "eval_seed")}
         config = config_class(**checkpoint["config"] | given)
         torch.set_num_threads(config.threads)
-        env = Environment(config.env)
+        env = Environment(config.env, ends_at_goal=False)
         agent = algorithm(config, env, choose_device(config.device))
         agent.load_state_dict(checkpoint["agent"])
         result = evaluate(agent, env, config.n_test_episodes, config.eval_seed)

@@ -356,10 +356,13 @@ def test_antmaze_scores_100_once_the_goal_was_reached(make_env):
     assert env.score() == 0.0
 
 
-def test_binary_adroit_pays_0_where_the_goal_is_held_and_minus_1_elsewhere(make_env):
-    env = make_env("pen-binary-v0", *[(50.0, False, False, {"goal_achieved": goal}) for goal in (False, True, False)])
-    steps = [(*play(env, 1)[0], env.score()) for _ in range(3)]
-    assert steps == [(-1.0, False, False, 0.0), (0.0, False, False, 100.0), (-1.0, False, False, 100.0)]
+@pytest.mark.parametrize("ends_at_goal", [True, False])
+def test_binary_adroit_pays_0_at_the_goal_which_alone_ends_it_and_not_in_evaluations(make_env, ends_at_goal):
+    infos = [(50.0, dropped, False, {"goal_achieved": goal}) for goal, dropped in ((False, True), (True, False))]
+    env = make_env("pen-binary-v0", *infos)
+    env.ends_at_goal = ends_at_goal
+    steps = [(*play(env, 1)[0], env.score()) for _ in range(2)]
+    assert steps == [(-1.0, False, False, 0.0), (0.0, ends_at_goal, False, 100.0)]
 
 
 def test_a_task_without_reference_returns_scores_its_return(make_env):
