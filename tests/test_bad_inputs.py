@@ -91,7 +91,7 @@ BAD_CONFIGURATION = {
     "zero": ("--log_frequency 0", ["log_frequency", "at least 1"]),
     "nan": ("--learning_rate nan", ["learning_rate", "finite", "nan"]),
     "inf": ("--awac_lambda inf", ["awac_lambda", "finite", "inf"]),
-    "unknown coefficient": ("--coefficient vea", ["coefficient", "vea", "vae, static, even, random, none"]),
+    "unknown coefficient": ("--coefficient vea", ["coefficient", "vea", "vae, static, likelihood, rnd, embedding, even, random, none"]),
     "share above 1": ("--p_threshold 1.5", ["p_threshold", "at most 1", "1.5"]),
     "discount above 1": ("--gamma 1.01", ["gamma", "at most 1"]),
     "batch larger than buffer": ("--buffer_size 100", ["buffer_size 100", "batch_size", "256"]),
@@ -158,8 +158,8 @@ def test_environment(env, names, refused, monkeypatch):
 
 def test_observation_that_is_not_finite(run, refused, awac, monkeypatch, hopper_file):
     class Broken(awac.Environment):
-        def __init__(self, name):
-            super().__init__(name)
+        def __init__(self, name, **options):
+            super().__init__(name, **options)
             step = self.env.step
             self.env.step = lambda action: (np.full(self.obs_dim, np.nan), *step(action)[1:])
 
