@@ -91,7 +91,10 @@ BAD_CONFIGURATION = {
     "zero": ("--log_frequency 0", ["log_frequency", "at least 1"]),
     "nan": ("--learning_rate nan", ["learning_rate", "finite", "nan"]),
     "inf": ("--awac_lambda inf", ["awac_lambda", "finite", "inf"]),
-    "unknown coefficient": ("--coefficient vea", ["coefficient", "vea", "vae, static, likelihood, rnd, embedding, even, random, none"]),
+    "unknown coefficient": (
+        "--coefficient vea",
+        ["coefficient", "vea", "vae, static, likelihood, rnd"],
+    ),
     "share above 1": ("--p_threshold 1.5", ["p_threshold", "at most 1", "1.5"]),
     "discount above 1": ("--gamma 1.01", ["gamma", "at most 1"]),
     "batch larger than buffer": ("--buffer_size 100", ["buffer_size 100", "batch_size", "256"]),

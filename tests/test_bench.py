@@ -96,7 +96,7 @@ def test_updates_are_compared_in_turns(bench, tmp_path, capsys):
     assert {phase for rates in results["updates_per_second"].values() for phase in rates} == {
         "offline",
         "online",
-        "vae",
+        "coefficient",
     }
     updates, overheads = results["update"].values()
     kinds = [(row["algorithm"], row["update"], row["samg"]) for row in updates]

@@ -466,7 +466,7 @@ def updates_per_second(results: dict[str, Any]) -> dict[str, dict[str, float]]:
             phases[phase] = max(rate, phases.get(phase, 0.0))
     for row in next(iter(results.get("fitting", {}).values()), [])[:1]:
         for phases in rates.values():
-            phases["vae"] = 1000 / row["median_ms"]
+            phases["coefficient"] = 1000 / row["median_ms"]
     return rates
 
 
