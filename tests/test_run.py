@@ -359,13 +359,18 @@ def test_pins_equal_the_requirements():
     assert set(declared_pins()) <= {line for line in lines if line}
 
 
-def test_wandb_offline(hopper_file, tmp_path):
+@pytest.mark.parametrize("algorithm", ["awac", "iql", "cql", "calql"])
+def test_wandb_offline(algorithm, hopper_file, tmp_path):
     short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 40, "wandb": "true"}
-    words = command(SCRIPT, env="Hopper-v4", dataset=hopper_file, **(TINY | SHORT | short))
+    script = SCRIPT.with_name(f"{algorithm}_samg.py")
+    words = command(script, env="Hopper-v4", dataset=hopper_file, **(TINY | SHORT | short))
     environment = os.environ | {"WANDB_MODE": "offline", "HOME": str(tmp_path)}
     process = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
-    assert list(tmp_path.glob("runs/Hopper-v4/awac-samg-seed0/wandb/offline-run-*/*.wandb"))
+    (record,) = tmp_path.glob(f"runs/Hopper-v4/{algorithm}-samg-seed0/wandb/offline-run-*/*.wandb")
+    content = record.read_bytes()  # protocol buffers, with the names as plain text
+    names = (f"{algorithm}_samg-Hopper-v4", f"{algorithm}-samg-Hopper-v4-seed0", "online/score", "final_score")
+    assert not [name for name in names if name.encode() not in content]
 
 
 # --- On a GPU
