@@ -39,7 +39,7 @@ import time
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
@@ -50,6 +50,7 @@ import numpy as np
 import pyrallis
 import torch
 import torch.nn as nn
+from torch.optim.adam import adam as adam_step
 from tqdm import tqdm
 
 
@@ -63,6 +64,7 @@ class TrainConfig:
     eval_seed: int = 0  # seeds the evaluation episodes: the same start states for every evaluation and every run
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     threads: int = 1  # CPU threads; more than one does not pay for networks of this size
+    compile: str = "auto"  # torch.compile the update: true, false, or auto: in runs of 20,000 updates and more
     # --- Run
     runs_dir: str = "runs"  # the run's folder is <runs_dir>/<env>/<name>-seed<seed>
     name: str = ""  # empty: made from the algorithm and the arm, such as awac-samg
@@ -146,6 +148,9 @@ def check_config(config: Any) -> None:
             raise ValueError(f"{name} must be {'at most' if value else 'at least'} 1, it is {value}")
     if config.coefficient not in COEFFICIENTS:
         raise ValueError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, not {config.coefficient!r}")
+    config.compile = config.compile.lower()
+    if config.compile not in ("auto", "true", "false"):
+        raise ValueError(f"compile must be auto, true or false, not {config.compile!r}")
     if config.guidance_fade and not config.guidance_steps:
         raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
     if not 2 <= config.batch_size <= config.buffer_size:
@@ -197,6 +202,7 @@ REFERENCE_RETURNS = {
 }
 LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 DATASET_HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+COLUMN_ORDER = ("rewards", "terminals", "timeouts", "observations", "actions", "next_observations")  # as they are read
 
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
@@ -341,26 +347,25 @@ def find_dataset(env: str, dataset: str) -> Path | str:
         aside.unlink(missing_ok=True)
 
 
-def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a file in D4RL's raw layout; next_observations only if it has them."""
-    keys = ("observations", "actions", "next_observations", "rewards", "terminals", "timeouts")
+def read_hdf5(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The columns of a file in D4RL's raw layout, one at a time; next_observations only if it has them."""
     try:
         with h5py.File(path) as file:
-            if missing := sorted({*keys} - file.keys() - {"next_observations"}):
+            if missing := sorted({*COLUMN_ORDER} - file.keys() - {"next_observations"}):
                 fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}")
-            for key in {*keys} & file.keys():
+            for key in (key for key in COLUMN_ORDER if key in file):
                 if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
                     fail(f"{path}: {key} is not an array of numbers")
-            return {key: file[key][()].astype(np.float32, copy=False) for key in keys if key in file}
+                yield key, file[key][()]
     except OSError as error:
         fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({error})")
 
 
-def join_episodes(episodes: list[tuple]) -> dict[str, np.ndarray]:
-    """Columns as read_hdf5's of episodes (s, a, r, s', d); the last row of each is a timeout, terminal or not."""
-    keys = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-    columns = zip(*[(*episode, np.arange(len(episode[2])) == len(episode[2]) - 1) for episode in episodes])
-    return {key: np.concatenate(parts, dtype=np.float32) for key, parts in zip(keys, columns)}
+def join_episodes(episodes: list[tuple]) -> Iterator[tuple[str, np.ndarray]]:
+    """Columns as read_hdf5's of episodes (r, d, s, a, s'); the last row of each is a timeout, terminal or not."""
+    parts = [list(column) for column in zip(*episodes)]
+    parts.insert(2, [np.arange(len(rewards)) == len(rewards) - 1 for rewards in parts[0]])
+    return ((key, np.concatenate(column, dtype=np.float32)) for key, column in zip(COLUMN_ORDER, parts))
 
 
 def open_minari(name: str) -> Any:
@@ -373,14 +378,14 @@ def open_minari(name: str) -> Any:
         fail(f'cannot open {name}: {error} (install: pip install "minari[hf]"; here already: minari list local)')
 
 
-def read_minari(name: str) -> dict[str, np.ndarray]:
+def read_minari(name: str) -> Iterator[tuple[str, np.ndarray]]:
     dataset = open_minari(name)
     if len(dataset.observation_space.shape or ()) != 1:
         fail(f"{name} has no flat observations, they are {dataset.observation_space}")
     try:
         every = tqdm(dataset.iterate_episodes(), name, dataset.total_episodes, leave=False, delay=1)
         columns = [(e.observations, e.actions, e.rewards, e.terminations) for e in every]
-        return join_episodes([(s[:-1], a, r, s[1:], d) for s, a, r, d in columns])
+        return join_episodes([(r, d, s[:-1], a, s[1:]) for s, a, r, d in columns])
     except Exception as error:
         fail(f"cannot read {name}: {error}")
 
@@ -403,7 +408,7 @@ class ArrayUnpickler(pickle.Unpickler):
         return self.ADMITTED[name]
 
 
-def read_binary(folder: Path, env: str) -> dict[str, np.ndarray]:
+def read_binary(folder: Path, env: str) -> Iterator[tuple[str, np.ndarray]]:
     """The columns that Cal-QL trains on (github.com/nakamotoo/Cal-QL, get_hand_dataset_with_mc_calculation).
 
     Each trajectory up to its last solved row, none if there is none; every solved row, of reward 0, is a terminal.
@@ -422,7 +427,7 @@ def read_binary(folder: Path, env: str) -> dict[str, np.ndarray]:
                 if not np.isin(rewards, (-1, 0)).all():
                     raise ValueError("its rewards are not all -1 or 0")
                 if n := len(np.trim_zeros(rewards == 0, "b")):
-                    episodes.append((s[:n], a[:n].clip(-1, 1), rewards[:n], s_next[:n], rewards[:n] == 0))
+                    episodes.append((rewards[:n], rewards[:n] == 0, s[:n], a[:n].clip(-1, 1), s_next[:n]))
         except Exception as error:
             fail(f"{path} is not as Cal-QL's ({type(error).__name__}: {error})")
     return join_episodes(episodes) if episodes else fail(f"no trajectory in {folder} solves {env}")
@@ -435,35 +440,45 @@ def load_dataset(path: Path | str, env: Environment) -> tuple[np.ndarray, np.nda
     episodes' returns. A timeout is no terminal. In a file without next_observations the next row is the successor; then
     a timeout's row has none and is dropped, as is a last row that ends no episode.
     """
-    widths = {"observations": (env.obs_dim,), "actions": (env.act_dim,), "next_observations": (env.obs_dim,)}
-    widths |= {"rewards": (), "terminals": (), "timeouts": ()}
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is reported below
-        if str(path).startswith("minari:"):
-            data = read_minari(path)
-        else:
-            data = read_binary(path, env.name) if Path(path).is_dir() else read_hdf5(path)
-    if not (n := data["rewards"].size):
-        fail(f"{path} is empty")
-    for key, array in data.items():
-        if array.shape != (n, *widths[key]):
-            fail(f"{path}: {key} has shape {array.shape}; {env.name} needs {(n, *widths[key])}")
+    if str(path).startswith("minari:"):
+        columns = read_minari(path)
+    else:
+        columns = read_binary(path, env.name) if Path(path).is_dir() else read_hdf5(path)
+    s, a = env.obs_dim, env.act_dim
+    places = {"observations": np.s_[:, :s], "actions": np.s_[:, s : s + a], "rewards": np.s_[:, s + a]}
+    places |= {"next_observations": np.s_[:, s + a + 1 : -3], "terminals": np.s_[:, -3]}
+    rows = timeouts = None
+    for key, array in columns:  # one after another, so that there is never a second copy of all
+        if rows is None:
+            rows = np.zeros((array.size, 2 * s + a + 4), np.float32)
+            if not array.size:
+                fail(f"{path} is empty")
+        needed = rows[places.get(key, places["rewards"])].shape
+        if array.shape != needed:
+            fail(f"{path}: {key} has shape {array.shape}; {env.name} needs {needed}")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf
+            array = array.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             fail(f"{path}: {key} is not finite in row {np.argwhere(~np.isfinite(array))[0][0]}")
-    if (excess := np.maximum(data["actions"] - env.action_high, env.action_low - data["actions"]).max()) > 1e-3:
-        fail(f"{path}: actions go {excess:.3g} beyond the action space of {env.name}")
-    terminals, timeouts = data["terminals"].astype(bool), data["timeouts"].astype(bool)
+        if key == "actions" and (excess := max((array - env.action_high).max(), (env.action_low - array).max())) > 1e-3:
+            fail(f"{path}: actions go {excess:.3g} beyond the action space of {env.name}")
+        if key == "timeouts":
+            timeouts = array.astype(bool)
+        else:
+            rows[places[key]] = array
+    terminals = rows[places["terminals"]].astype(bool)
     ends = np.flatnonzero(terminals | timeouts)
-    returns = np.diff(np.append(0, data["rewards"].cumsum(dtype=np.float64)[ends]))
-    keep = np.ones(n, bool)
-    if "next_observations" not in data:
-        data["next_observations"] = np.roll(data["observations"], -1, axis=0)
+    returns = np.diff(np.append(0, rows[places["rewards"]].cumsum(dtype=np.float64)[ends]))
+    if key != "next_observations":
+        rows[places["next_observations"]] = np.roll(rows[places["observations"]], -1, axis=0)
         keep = ~timeouts
         keep[-1] &= terminals[-1]
-    if not keep.any():
-        fail(f"{path} has no transition whose next observation is known")
-    order = ("observations", "actions", "rewards", "next_observations", "terminals")
-    columns = [*(data[key].reshape(n, -1) for key in order), np.zeros((n, 2))]
-    return np.concatenate(columns, axis=1, dtype=np.float32)[keep], returns
+        kept = np.flatnonzero(keep)
+        for start in range(0, len(kept), 100_000):
+            block = kept[start : start + 100_000]
+            rows[start : start + len(block)] = rows[block]
+        rows = rows[: len(kept)]
+    return (rows, returns) if len(rows) else fail(f"{path} has no transition whose next observation is known")
 
 
 def reward_transform(env: Environment, episode_returns: np.ndarray, config: Any) -> tuple[float, float]:
@@ -499,12 +514,15 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, device: str) -> None:
         self.widths = (obs_dim, act_dim, 1, obs_dim, 1, 1, 1)
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+        self.rows = torch.from_numpy(np.zeros((capacity, sum(self.widths)), np.float32)).to(device)
         self.kept = self.size = self.pointer = 0
 
     def load(self, rows: np.ndarray) -> None:
-        """Fill the first rows with load_dataset's and keep them there."""
-        self.rows[: len(rows)] = torch.from_numpy(rows)
+        """Keep load_dataset's rows as the first ones; where there is room for no more, themselves, not a copy."""
+        if len(rows) == len(self.rows):
+            self.rows = torch.from_numpy(rows).to(self.rows.device)
+        else:
+            self.rows[: len(rows)] = torch.from_numpy(rows)
         self.kept = self.size = self.pointer = len(rows)
 
     def add(self, state, action, reward: float, next_state, done: bool, p: float, extra: float = 0.0) -> None:
@@ -546,6 +564,32 @@ def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU between them."""
     layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
+
+
+class LiveArrays:
+    """Tensors of an agent as numpy arrays of the same memory, on a GPU as copies: for a single row torch is slow."""
+
+    def __init__(self, agent: nn.Module, network: str, *names: str) -> None:
+        layers = [name for name, _ in agent.named_parameters() if name.startswith(network)]
+        self.agent, self.names, self.address, self.arrays = agent, (*names, *layers), 0, []
+
+    def __call__(self) -> list[np.ndarray]:
+        """Those of these names, then weight and bias of each layer of mlp()'s network."""
+        first = self.agent.obs_mean
+        if first.is_cuda or first.data_ptr() != self.address:  # the agent has changed its place or type
+            tensors = self.agent.state_dict()
+            self.address, self.arrays = first.data_ptr(), [tensors[name].cpu().numpy() for name in self.names]
+        return self.arrays
+
+
+def one_row(layers: list[np.ndarray], x: np.ndarray) -> np.ndarray:
+    """mlp() for a single row, (n_in,) -> (n_out,)."""
+    *hidden, weight, bias = layers
+    for hidden_weight, hidden_bias in zip(hidden[::2], hidden[1::2]):
+        x = hidden_weight @ x
+        x += hidden_bias
+        np.maximum(x, 0, out=x)
+    return weight @ x + bias
 
 
 class GaussianActor(nn.Module):
@@ -663,12 +707,12 @@ class LearnedCoefficient(nn.Module):
         config, before, report = self.config, copy.deepcopy(self.state_dict()), {"mastered_rows": len(mastered.p)}
         watched = {"mastered": mastered.triple(), "known": known.triple(), "probe": self.probe()}
         report |= {f"p_{key}_before": self(*triple).mean().item() for key, triple in watched.items()}
-        optimizer = torch.optim.Adam(self.trained(), lr=config.adapt_learning_rate, fused=True)
+        optimizers = {"adapt": torch.optim.Adam(self.trained(), lr=config.adapt_learning_rate, fused=True)}
         anchors, half = self.outputs(known).detach(), config.batch_size // 2
         for _ in range(config.adapt_iterations):
             learned, held = (torch.randint(len(part.p), (half,), device=part.p.device) for part in (mastered, known))
             hold = config.adapt_hold * (self.outputs(known.select(held)) - anchors[held]).square().mean()
-            gradient_step(optimizer, self.loss(mastered.select(learned)) + hold)
+            descend(optimizers, gradients(optimizers, {"adapt": self.loss(mastered.select(learned)) + hold}))
         self.learn_rows(mastered)
         report |= {f"p_{key}_after": self(*triple).mean().item() for key, triple in watched.items()}
         report["adapt_accepted"] = int(report["p_known_before"] - report["p_known_after"] < config.adapt_max_drop)
@@ -703,7 +747,7 @@ class VAECoefficient(LearnedCoefficient):
         if not config.vae_kl_target:  # a fixed beta, or KL annealing (Appendix B.1.2)
             self.beta.fill_(config.vae_beta * min(1.0, (step + 1) / max(1, config.vae_kl_annealing)))
         reconstruction, kl = self.vae.losses(dataset.sample(config.batch_size))
-        gradient_step(self.optimizers["vae"], reconstruction + self.beta * kl)
+        descend(self.optimizers, gradients(self.optimizers, {"vae": reconstruction + self.beta * kl}))
         metrics = {"vae_reconstruction": reconstruction.detach(), "vae_kl": kl.detach(), "vae_beta": self.beta.clone()}
         if config.vae_kl_target:  # under a fixed beta the posterior collapses easily: steer it [ours]
             self.beta.mul_((0.01 * (kl.detach() / config.vae_kl_target - 1).clamp(-1, 1)).exp()).clamp_(1e-8, 1e4)
@@ -777,7 +821,7 @@ class CalibratedCoefficient(LearnedCoefficient):
         drawn = torch.randint(len(self.training_rows), (self.config.batch_size,), device=dataset.rows.device)
         loss = self.loss(dataset.batch(dataset.rows[self.training_rows[drawn]]))
         self.optimizers["fit"].param_groups[0]["lr"] = self.config.fit_learning_rate * (1 - step / self.fit_iterations)
-        gradient_step(self.optimizers["fit"], loss)
+        descend(self.optimizers, gradients(self.optimizers, {"fit": loss}))
         return {"fit_loss": loss.detach()}
 
     @torch.no_grad()
@@ -891,6 +935,8 @@ class AWAC(nn.Module):
         self.register_buffer("obs_std", torch.ones(env.obs_dim))
         self.register_buffer("action_low", torch.from_numpy(env.action_low))
         self.register_buffer("action_high", torch.from_numpy(env.action_high))
+        names = ("obs_mean", "obs_std", "action_low", "action_high", "actor.log_std")
+        self.live_arrays = LiveArrays(self, "actor.mean", *names)
         self.to(device)
         adam = partial(torch.optim.Adam, lr=config.learning_rate, fused=True)
         self.optimizers = {"actor": adam(self.actor.parameters()), "critic": adam(self.critic.parameters())}
@@ -898,12 +944,13 @@ class AWAC(nn.Module):
     def normalize(self, states: torch.Tensor) -> torch.Tensor:
         return (states - self.obs_mean) / self.obs_std
 
-    @torch.no_grad()
     def act(self, observation: np.ndarray, deterministic: bool) -> np.ndarray:
         """The policy's action, (act_dim,) in the environment's units, for a raw observation (obs_dim,)."""
-        policy = self.actor(self.normalize(torch.from_numpy(observation).to(self.obs_mean.device))[None])
-        action = policy.mean if deterministic else policy.rsample()
-        return action.clamp(self.action_low, self.action_high)[0].cpu().numpy()
+        mean, std, low, high, log_std, *layers = self.live_arrays()
+        action = one_row(layers, (observation - mean) / std)
+        if not deterministic:
+            action += np.exp(np.clip(log_std, -20, 2)) * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
+        return np.minimum(np.maximum(action, low), high)
 
     def update(self, batch: Batch, guided: bool) -> dict[str, torch.Tensor]:
         """One gradient step of critics and actor, without host synchronisation; unguided, p counts as 0."""
@@ -925,7 +972,8 @@ class AWAC(nn.Module):
         # --- Critics
         q = self.critic(states, batch.actions)
         critic_loss = (q - target).square().mean(1).sum()
-        gradient_step(self.optimizers["critic"], critic_loss)
+        metrics |= {"critic_loss": critic_loss.detach(), "q_mean": q.detach().mean()}
+        descend(self.optimizers, gradients(self.optimizers, {"critic": critic_loss}))
 
         # --- Actor: log-likelihood of the data's actions, weighted by exp(advantage / lambda)
         policy = self.actor(states)
@@ -935,14 +983,17 @@ class AWAC(nn.Module):
             advantage = torch.sub(*both.chunk(2))
             weights = (advantage / self.config.awac_lambda).exp().clamp_max(self.config.exp_adv_max)
         actor_loss = -(weights * policy.log_prob(batch.actions).sum(1)).mean()
+        metrics["actor_loss"] = actor_loss.detach()
         if not self.policy_held:
-            gradient_step(self.optimizers["actor"], actor_loss)
+            descend(self.optimizers, gradients(self.optimizers, {"actor": actor_loss}))
 
         # --- Target critics
         with torch.no_grad():
             torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], self.config.tau)
-        metrics |= {"critic_loss": critic_loss.detach(), "actor_loss": actor_loss.detach(), "q_mean": q.detach().mean()}
         return metrics
+
+    def compile_update(self) -> None:
+        self.update = torch.compile(self.update)
 
     @torch.no_grad()
     def bellman_errors(self, batch: Batch) -> torch.Tensor:
@@ -968,10 +1019,28 @@ def frozen_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).eval().requires_grad_(False)
 
 
-def gradient_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
+def gradients(optimizers: dict[str, torch.optim.Adam], losses: dict[str, torch.Tensor]) -> dict[str, tuple]:
+    """Of each loss by the parameters of the optimiser of its name: what else it depends on costs nothing."""
+    parameters = {name: optimizers[name].param_groups[0]["params"] for name in losses}
+    return {name: torch.autograd.grad(loss, parameters[name]) for name, loss in losses.items()}
+
+
+@torch.compiler.disable  # nothing that a compiler could fuse
+@torch.no_grad()
+def descend(optimizers: dict[str, torch.optim.Adam], gradients: dict[str, tuple]) -> None:
+    """One step of each optimiser named: PyTorch's, without what Adam.step() does beside it, which takes as long."""
+    for name, along in gradients.items():
+        group, state = optimizers[name].param_groups[0], optimizers[name].state
+        for parameter, gradient in zip(group["params"], along, strict=True):
+            parameter.grad = gradient
+            if not state[parameter]:
+                state[parameter] = {"step": torch.zeros((), device=parameter.device)}
+                state[parameter] |= {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
+        rows = [state[parameter] for parameter in group["params"]]
+        means, squares, steps = ([row[key] for row in rows] for key in ("exp_avg", "exp_avg_sq", "step"))
+        constants = {key: group[key] for key in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+        constants |= dict(zip(("beta1", "beta2"), group["betas"]))
+        adam_step(group["params"], list(along), means, squares, [], steps, fused=True, **constants)
 
 
 # --- Evaluation
@@ -1051,7 +1120,8 @@ class Run:
         self.reward_scale, self.reward_bias, self.peak_memory_mb, self.adapt_report = 1.0, 0.0, 0.0, {}
         self.evaluations: list[list] = []  # [is online, step within its phase, score, return]
         self.train_episodes: list[list] = []  # [online step at its end, score, return]
-        self.seconds = dict.fromkeys(("offline", "coefficient", "environment", "online", "evaluation"), 0.0)
+        parts = ("offline", "coefficient", "act", "environment", "insert", "update", "evaluation")
+        self.seconds = dict.fromkeys(parts, 0.0)
 
     @property
     def switch(self) -> int:
@@ -1197,7 +1267,8 @@ class Run:
     def bar(self, phase: str, total: int, done: int) -> tqdm:
         self.clock, self.clock_step = time.perf_counter(), self.step
         score = {"score": f"{self.evaluations[-1][2]:.1f}"} if self.evaluations else None
-        return tqdm(total=total, initial=done, desc=phase, mininterval=0.5, dynamic_ncols=True, postfix=score)
+        unit = {"unit": "step" if phase == "online" else "update", "mininterval": 0.5}
+        return tqdm(total=total, initial=done, desc=phase, dynamic_ncols=True, postfix=score, **unit)
 
     def report(self, phase: str, step: int, metrics: dict[str, torch.Tensor], bar: tqdm) -> None:
         """After every step: move the bar, and evaluate and write a row of metrics.csv when due."""
@@ -1302,11 +1373,13 @@ def finetune_online(run: Run) -> None:
             observation, over = env.reset(derive_seed(config.seed, "episode", run.episode)), False
             run.episode += 1
             while not over and run.step < end:
-                step, metrics, start = run.step - run.switch + 1, {}, time.perf_counter()
+                step, metrics, times = run.step - run.switch + 1, {}, [time.perf_counter()]
                 action = agent.act(observation, deterministic=False)
+                times.append(time.perf_counter())
                 next_observation, reward, terminated, truncated = env.step(action)
-                middle = time.perf_counter()
+                times.append(time.perf_counter())
                 run.remember(observation, action, reward, next_observation, terminated)
+                times.append(time.perf_counter())
                 observation, over = next_observation, terminated or truncated
                 if step > warmup:
                     agent.guidance_weight.fill_(weight := guidance_weight(config, step))
@@ -1317,9 +1390,29 @@ def finetune_online(run: Run) -> None:
                     run.end_episode()
                 if config.samg and step % config.coefficient_frequency == 0:
                     run.update_coefficient()
-                run.seconds["environment"] += middle - start
-                run.seconds["online"] += time.perf_counter() - middle
+                times.append(time.perf_counter())
+                for part, start, stop in zip(("act", "environment", "insert", "update"), times, times[1:]):
+                    run.seconds[part] += stop - start
                 run.report("online", step, metrics, bar)
+
+
+def compiles(config: Any, device: str) -> bool:
+    """Whether the update is to be compiled: if asked for or, on auto, in a long run where a compiler works."""
+    updates = config.online_iterations + (0 if config.offline_checkpoint else config.offline_iterations)
+    if config.compile == "false" or (config.compile == "auto" and updates < 20_000):
+        return False
+    torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
+    torch._inductor.config.fallback_random = True  # the same draws as without compilation
+    torch._inductor.config.compile_threads = config.threads
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+        return True
+    except Exception as error:
+        why = " ".join(f"torch.compile needs a C++ compiler such as g++; it does not work here: {error}"[:300].split())
+    if config.compile == "true":
+        fail(f"{why}; --compile false does without")
+    tqdm.write(why)
+    return False
 
 
 def guidance_weight(config: Any, step: int) -> float:
@@ -1344,8 +1437,11 @@ def train(run: Run) -> None:
     else:
         run.load_dataset()
     run.open_log()
-    tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s)")
-    agent, coefficient, n = run.agent, run.coefficient, config.batch_size
+    agent, coefficient, n, compiled = run.agent, run.coefficient, config.batch_size, compiles(config, run.device)
+    if compiled:
+        agent.compile_update()
+    how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"
+    tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s), {how}")
     offline, switch = config.offline_iterations, run.switch
     if run.step < offline:
         train_on_dataset(run, "offline", 0, offline, lambda data, step: agent.update(data.sample(n), guided=False))

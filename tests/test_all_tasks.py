@@ -82,7 +82,7 @@ def test_bad_input_is_refused_before_anything_runs(run_tool, words, named):
 def test_random_data_is_whole_episodes_that_the_algorithms_take(tool, awac, tmp_path, env):
     pytest.importorskip("d4rl_envs")
     path = tool.collect(awac, env, 150, tmp_path / f"{env}.hdf5")
-    columns, environment = awac.read_hdf5(path), awac.Environment(env)
+    columns, environment = dict(awac.read_hdf5(path)), awac.Environment(env)
     rows, returns = awac.load_dataset(awac.find_dataset(env, str(tmp_path)), environment)
     limit = {"halfcheetah": 1000, "antmaze": 700, "pen": 100}[environment.family]
     assert len(rows) == len(columns["rewards"]) == limit * len(returns) >= 150

@@ -48,13 +48,8 @@ def make_run(request, tmp_path):
             summary = {"offline_score": offline_score, "final_score": scores[-1], "best_score": max(scores)}
             summary |= {"switch_drop": offline_score - min(scores), "regret": 1 - np.mean(scores) / 100}
             summary |= {"train_return": 1.0, "train_regret": 0.5, "peak_memory_mb": 100.0 + config["seed"]}
-            summary["seconds"] = {
-                "offline": 10.0,
-                "coefficient": 1.0,
-                "environment": 2.0,
-                "online": 20.0,
-                "evaluation": 3,
-            }
+            summary["seconds"] = {"offline": 10.0, "coefficient": 1.0, "evaluation": 3}
+            summary["seconds"] |= {"act": 1.0, "environment": 2.0, "insert": 1.0, "update": 18.0}
             summary |= config | {"algorithm": f"{algorithm}_samg", "device": "cpu"}
             (folder / "summary.json").write_text(json.dumps(summary))
         return folder

@@ -235,7 +235,7 @@ def aggregates(arms: list[Arm]) -> Table:
 
 
 # --- Time and memory
-PARTS = ("offline", "coefficient", "environment", "online", "evaluation")
+PARTS = ("offline", "coefficient", "act", "environment", "insert", "update", "evaluation")
 
 
 def mean_seconds(arm: Arm) -> dict[str, float]:
