@@ -23,7 +23,9 @@ CMD ["algorithms/awac_samg.py", "--help"]
 # The default: the last stage is what "docker build" makes.
 FROM python:3.11-slim
 
-RUN apt-get update && apt-get install -y --no-install-recommends libegl1 libgl1 libosmesa6 && rm -rf /var/lib/apt/lists/*
+# g++ for torch.compile (--compile), the other three for rendering
+RUN apt-get update && apt-get install -y --no-install-recommends g++ libegl1 libgl1 libosmesa6 \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 1000 samg && mkdir -p /samg/runs && chown -R samg /samg
 WORKDIR /samg
 

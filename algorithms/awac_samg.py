@@ -992,8 +992,9 @@ class AWAC(nn.Module):
             torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], self.config.tau)
         return metrics
 
-    def compile_update(self) -> None:
-        self.update = torch.compile(self.update)
+    def compile_update(self, **options: Any) -> None:
+        """With torch.compile's options."""
+        self.update = torch.compile(self.update, **options)
 
     @torch.no_grad()
     def bellman_errors(self, batch: Batch) -> torch.Tensor:

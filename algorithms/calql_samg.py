@@ -1160,8 +1160,9 @@ class CalQL(nn.Module):
                 torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], rate)
         return metrics
 
-    def compile_update(self) -> None:
-        self.learn = torch.compile(self.learn)
+    def compile_update(self, **options: Any) -> None:
+        """With torch.compile's options."""
+        self.learn = torch.compile(self.learn, **options)
 
     @torch.no_grad()
     def bellman_errors(self, batch: Batch) -> torch.Tensor:

@@ -1044,8 +1044,9 @@ class IQL(nn.Module):
             torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], config.tau)
         return metrics
 
-    def compile_update(self) -> None:
-        self.update = torch.compile(self.update)
+    def compile_update(self, **options: Any) -> None:
+        """With torch.compile's options."""
+        self.update = torch.compile(self.update, **options)
 
     def anneal_actor_lr(self) -> None:
         """CORL's cosine from actor_lr to 0 over the offline updates. Online, where CORL's rises again, actor_lr [ours].

@@ -153,7 +153,7 @@ def test_compiled_variant_makes_the_same_update(bench):
     for update in updates:
         torch.manual_seed(3)
         losses.append(update()["critic_loss"].item())
-    assert losses[0] == losses[1]
+    assert len(losses) == 3 and len(set(losses)) == 1
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,8 @@ def test_summary_follows_from_the_metrics(finished):
     assert summary["regret"] == pytest.approx(1 - np.mean(online) / 100)
     low, high = min(numbers(finished.folder, "online", "train_return")), summary["best_score"] * 33 + 100
     assert low <= summary["train_return"] <= high
-    assert summary["seconds"].keys() == {"offline", "coefficient", "act", "environment", "insert", "update", "evaluation"}
+    parts = {"offline", "coefficient", "act", "environment", "insert", "update", "evaluation"}
+    assert summary["seconds"].keys() == parts
     assert all(value > 0 for value in summary["seconds"].values())
     assert 50 < summary["peak_memory_mb"] < 20_000
     assert summary["seed"] == 0 and summary["device"] == "cpu"
@@ -387,7 +388,7 @@ def test_update_on_the_gpu_equals_that_on_the_cpu(awac, monkeypatch):
     on_cpu = awac.AWAC(awac.TrainConfig(hidden_dim=32), env, "cpu")
     on_gpu = awac.AWAC(awac.TrainConfig(hidden_dim=32), env, "cuda")
     on_gpu.load_state_dict(on_cpu.state_dict())
-    for agent in (on_cpu, on_gpu):  # Adam's first step takes the sign of a gradient, however small: almost plain descent
+    for agent in (on_cpu, on_gpu):  # Adam's first step takes the sign of a gradient, however small: here, descent
         for optimizer in agent.optimizers.values():
             optimizer.param_groups[0] |= {"lr": 10.0, "eps": 1e3}
     batch = awac.Batch(*(torch.rand(shape) for shape in ((64, 11), (64, 3), (64,), (64, 11), (64,), (64,), (64,))))

@@ -94,7 +94,7 @@ def test_one_letter_is_reported_with_block_files_and_lines(folder):
     status, output, error = tool(folder)
     here, there = line_of(path, '    """Layer."""'), line_of(folder / "awac_samg.py", '    """Layers."""')
     assert here == there + 1  # one more import
-    lines = [f"  awac_samg.py:{there}: '    \"\"\"Layers.\"\"\"'", f"  cql_samg.py:{here}: '    \"\"\"Layer.\"\"\"'"]
+    lines = [f'  awac_samg.py:{there}: \'    """Layers."""\'', f'  cql_samg.py:{here}: \'    """Layer."""\'']
     assert (status, output) == (1, "")
     assert error.splitlines() == ["mlp is not the same in awac_samg.py and cql_samg.py", *lines]
 

@@ -3,6 +3,7 @@
     python tools/bench.py                                        # every part, a Markdown table each
     python tools/bench.py --only update --algorithms awac,cql --json bench.json
     python tools/bench.py --only online,loading --clock cpu      # on a machine that does other work, too
+    python tools/bench.py --device cuda --variants eager,compiled,graphs --json cuda.json    # on a GPU
 
 What is compared is measured in turns, a round of each after a round of the other, and the minimum and the median are
 given: absolute times depend on the machine and on what else it does, ratios within one run hardly. Updates stand
@@ -219,14 +220,21 @@ def eager_update(case: Case, guided: bool) -> Callable:
     return lambda: agent.update(buffer.sample(case.config.batch_size), guided)
 
 
-def compiled_update(case: Case, guided: bool) -> Callable:
+def compiled_update(case: Case, guided: bool, **options: str) -> Callable:
+    """As --compile true runs it."""
     agent, buffer = case.agent(), case.buffer()
-    update = torch.compile(agent.update)
-    return lambda: update(buffer.sample(case.config.batch_size), guided)
+    case.module.compiles(make_config(case.module, case.args, compile="true"), case.args.device)
+    agent.compile_update(**options)
+    return lambda: agent.update(buffer.sample(case.config.batch_size), guided)
+
+
+def graphs_update(case: Case, guided: bool) -> Callable:
+    """Compiled and, on CUDA, replayed from CUDA graphs: to be measured before the files offer it."""
+    return compiled_update(case, guided, mode="reduce-overhead")
 
 
 # A variant makes, from a case and whether it is guided, a function that samples a batch and makes one update.
-VARIANTS = {"eager": eager_update, "compiled": compiled_update}
+VARIANTS = {"eager": eager_update, "compiled": compiled_update, "graphs": graphs_update}
 
 
 def bench_update(args: argparse.Namespace) -> dict[str, list[dict]]:
@@ -481,7 +489,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas (default: %(default)s)")
     parser.add_argument("--algorithms", default=",".join(FILES), help="(default: %(default)s)")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="of the update (default: %(default)s)")
+    parser.add_argument("--variants", default="eager,compiled", help=f"{', '.join(VARIANTS)} (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=20, help="of each variant, in turns (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=10, help="a round (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="online steps (default: %(default)s)")

@@ -134,7 +134,7 @@ def main():
 
     model = SAC(
         *("MlpPolicy", DummyVecEnv([lambda: make_env(args.task)] * 8)),
-        **{"policy_kwargs": {"net_arch": [128, 128]}, "learning_rate": 7e-4, "gamma": 0.99, "seed": args.seed},
+        **{"policy_kwargs": {"net_arch": [128, 128]}, "learning_rate": 5e-4, "batch_size": 128, "seed": args.seed},
         **{"learning_starts": 10_000, "train_freq": 8, "gradient_steps": 32},  # one update for two steps
     )
     env, history, begin = make_env(args.task), [], time.monotonic()
