@@ -205,7 +205,7 @@ def read_bool(value: Any) -> bool:
 def parse_config(config_class: type, argv: list[str]) -> Any:
     """Read the command line and the YAML file that it names; any fault ends the program with one line."""
     # pyrallis itself takes any other word for true, cuts 1.5 to 1, and makes an empty text "None".
-    readers = {bool: read_bool, int: lambda value: int(str(value)), str: lambda value: str(value or "")}
+    readers = {bool: read_bool, int: lambda value: int(str(value)), str: lambda text: "" if text is None else str(text)}
     for kind, reader in readers.items():
         pyrallis.decode.register(kind, reader)
     inspect.getsource = cache(inspect.getsource)  # pyrallis calls it for each field: seconds, for a file of this length

@@ -75,6 +75,13 @@ def test_without_a_compiler_auto_goes_on_and_true_fails(awac, monkeypatch, capsy
         awac.compiles(awac.TrainConfig(compile="true"), "cpu")
 
 
+@pytest.mark.parametrize("word", ["true", "false", "auto"])
+def test_compile_on_the_command_line(awac, word, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"compile: {word}\n")
+    for words in (["--compile", word], ["--config", str(tmp_path / "config.yaml")]):
+        assert awac.parse_config(awac.TrainConfig, words).compile == word
+
+
 def test_compile_is_auto_true_or_false(awac):
     with pytest.raises(ValueError, match="compile must be auto, true or false, not 'yes'"):
         awac.TrainConfig(compile="yes")
