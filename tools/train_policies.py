@@ -4,10 +4,10 @@
     python tools/train_policies.py hopper --output hopper.npz
     python tools/train_policies.py ant --output ant.npz
 
-SAC in JAX (SBX: several times as fast on a CPU as PyTorch's) on the task's simulator in d4rl_envs. After every 1/100 of
-the training the policy is evaluated, with sampled actions, and the output is written anew: up to five policies from the
-way to the medium one, the medium one (the first at --medium, D4RL's score of such data) and the best one. For the ant
-it is only the best one: an ant on open ground, told to walk in a direction that changes every ten seconds or so.
+SAC of SBX (JAX) on the task's simulator in d4rl_envs. After every 1/100 of the training the policy is evaluated, with
+sampled actions, and the output is written anew: up to five policies from the way to the medium one, the medium one (the
+first with D4RL's score of such data, or else the best of those before the best one) and the best one. For the ant it is
+only the best one: an ant on open ground, told to walk in a direction that changes every ten seconds or so.
 """
 
 import argparse
@@ -104,12 +104,12 @@ def score(task, env, actor):
 def pick(history, medium_score):
     """Of [(steps, score, layers)]: five on the way to the medium policy, the medium one, the best one."""
     scores = [entry[1] for entry in history]
-    best = history[int(np.argmax(scores))]
-    if np.isinf(medium_score):
-        return [best]
-    medium = next((i for i, value in enumerate(scores) if value >= medium_score), len(history) - 1)
+    best = int(np.argmax(scores))
+    if np.isinf(medium_score) or not best:
+        return [history[best]]
+    medium = next((i for i, value in enumerate(scores[:best]) if value >= medium_score), int(np.argmax(scores[:best])))
     way = sorted(set(np.linspace(0, medium, 6).astype(int)))  # ends with the medium policy
-    return [history[i] for i in way] + [best]
+    return [history[i] for i in way] + [history[best]]
 
 
 def write(path, picked):
@@ -134,7 +134,7 @@ def main():
 
     model = SAC(
         *("MlpPolicy", DummyVecEnv([lambda: make_env(args.task)] * 8)),
-        **{"policy_kwargs": {"net_arch": [128, 128]}, "learning_rate": 5e-4, "batch_size": 128, "seed": args.seed},
+        **{"policy_kwargs": {"net_arch": [128, 128]}, "learning_rate": 7e-4, "gamma": 0.99, "seed": args.seed},
         **{"learning_starts": 10_000, "train_freq": 8, "gradient_steps": 32},  # one update for two steps
     )
     env, history, begin = make_env(args.task), [], time.monotonic()
