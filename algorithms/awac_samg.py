@@ -586,10 +586,10 @@ def one_row(layers: list[np.ndarray], x: np.ndarray) -> np.ndarray:
     """mlp() for a single row, (n_in,) -> (n_out,)."""
     *hidden, weight, bias = layers
     for hidden_weight, hidden_bias in zip(hidden[::2], hidden[1::2]):
-        x = hidden_weight @ x
+        x = hidden_weight.dot(x)  # quicker than @
         x += hidden_bias
         np.maximum(x, 0, out=x)
-    return weight @ x + bias
+    return weight.dot(x) + bias
 
 
 class GaussianActor(nn.Module):
@@ -946,10 +946,11 @@ class AWAC(nn.Module):
 
     def act(self, observation: np.ndarray, deterministic: bool) -> np.ndarray:
         """The policy's action, (act_dim,) in the environment's units, for a raw observation (obs_dim,)."""
-        mean, std, low, high, log_std, *layers = self.live_arrays()
-        action = one_row(layers, (observation - mean) / std)
+        mean, scale, low, high, log_std, *layers = self.live_arrays()
+        action = one_row(layers, (observation - mean) / scale)
         if not deterministic:
-            action += np.exp(np.clip(log_std, -20, 2)) * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
+            std = np.exp(np.minimum(np.maximum(log_std, -20), 2))
+            action += std * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
         return np.minimum(np.maximum(action, low), high)
 
     def update(self, batch: Batch, guided: bool) -> dict[str, torch.Tensor]:

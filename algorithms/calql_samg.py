@@ -625,10 +625,10 @@ def one_row(layers: list[np.ndarray], x: np.ndarray) -> np.ndarray:
     """mlp() for a single row, (n_in,) -> (n_out,)."""
     *hidden, weight, bias = layers
     for hidden_weight, hidden_bias in zip(hidden[::2], hidden[1::2]):
-        x = hidden_weight @ x
+        x = hidden_weight.dot(x)  # quicker than @
         x += hidden_bias
         np.maximum(x, 0, out=x)
-    return weight @ x + bias
+    return weight.dot(x) + bias
 
 
 class TanhGaussian(NamedTuple):
@@ -1069,7 +1069,7 @@ class CalQL(nn.Module):
         mean, std, low, high, multiplier, offset, *layers = self.live_arrays()
         action, log_std = np.split(one_row(layers, (observation - mean) / std), 2)
         if not deterministic:
-            log_std = np.clip(multiplier * log_std + offset, -20, 2)
+            log_std = np.minimum(np.maximum(multiplier * log_std + offset, -20), 2)
             action += np.exp(log_std) * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
         return np.minimum(np.maximum((low + high) / 2 + (high - low) / 2 * np.tanh(action), low), high)
 

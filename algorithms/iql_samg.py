@@ -596,10 +596,10 @@ def one_row(layers: list[np.ndarray], x: np.ndarray) -> np.ndarray:
     """mlp() for a single row, (n_in,) -> (n_out,)."""
     *hidden, weight, bias = layers
     for hidden_weight, hidden_bias in zip(hidden[::2], hidden[1::2]):
-        x = hidden_weight @ x
+        x = hidden_weight.dot(x)  # quicker than @
         x += hidden_bias
         np.maximum(x, 0, out=x)
-    return weight @ x + bias
+    return weight.dot(x) + bias
 
 
 class TanhActor(nn.Module):
