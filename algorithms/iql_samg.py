@@ -84,6 +84,7 @@ class TrainConfig:
     warmup_steps: int = 2_000  # first online steps, with the offline policy and without updates (Appendix C.2)
     buffer_size: int = 20_000  # online ring buffer, rows (Appendix C.2; 50,000 on antmaze)
     policy_hold_steps: int = 0  # online steps after the warm-up in which the critics learn and the policy stays [ours]
+    overlap: bool = False  # on a GPU: step the environment while it updates; a row can be drawn one update later [ours]
     # --- SAMG
     samg: bool = True  # false: CORL's fine-tuning, without guidance
     keep_offline_data: bool = True  # only for samg false: fine-tune on offline and online rows; false: online rows only
@@ -1456,24 +1457,32 @@ def finetune_online(run: Run) -> None:
         agent.start_period(refresh=False)
         run.make_buffer()
     end = run.switch + config.online_iterations
+
+    def update(step: int) -> dict[str, torch.Tensor]:
+        if step <= warmup or not run.buffer.size:
+            return {}
+        agent.guidance_weight.fill_(weight := guidance_weight(config, step))
+        agent.policy_held = step <= warmup + config.policy_hold_steps
+        return agent.update(run.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
+
     with run.bar("online", config.online_iterations, run.step - run.switch) as bar:
         while run.step < end:
             run.save_if_due()
             observation, over = env.reset(derive_seed(config.seed, "episode", run.episode)), False
             run.episode += 1
             while not over and run.step < end:
-                step, metrics, times = run.step - run.switch + 1, {}, [time.perf_counter()]
+                step, times = run.step - run.switch + 1, [time.perf_counter()]
                 action = agent.act(observation, deterministic=False)
                 times.append(time.perf_counter())
+                if config.overlap:  # a GPU works through it while the environment steps
+                    metrics = update(step)
                 next_observation, reward, terminated, truncated = env.step(action)
                 times.append(time.perf_counter())
                 run.remember(observation, action, reward, next_observation, terminated)
                 times.append(time.perf_counter())
                 observation, over = next_observation, terminated or truncated
-                if step > warmup:
-                    agent.guidance_weight.fill_(weight := guidance_weight(config, step))
-                    agent.policy_held = step <= warmup + config.policy_hold_steps
-                    metrics = agent.update(run.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
+                if not config.overlap:
+                    metrics = update(step)
                 run.step += 1
                 if over:
                     run.end_episode()

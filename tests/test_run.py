@@ -290,6 +290,25 @@ def test_run_from_a_checkpoint_stopped_at_once_resumes(without_coefficient, call
     assert phases == {"coefficient", "online"}  # not the offline phase again
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_with_overlap_an_update_draws_before_its_step_enters(overlap, awac, call, finished, monkeypatch, tmp_path):
+    sample, sizes = awac.ReplayBuffer.sample, []
+
+    def sample_and_count(buffer, n):
+        sizes.append(buffer.size)
+        return sample(buffer, n)
+
+    monkeypatch.setattr(awac.ReplayBuffer, "sample", sample_and_count)
+    settings = SHORT | {"online_iterations": 40, "warmup_steps": 0, "overlap": overlap}
+    start_online(call, finished.folder / "offline_checkpoint.pt", tmp_path, **settings)
+    assert sizes == list(range(1, 40 if overlap else 41))
+
+
+def test_a_run_with_overlap_resumes(awac, call, finished, tmp_path):
+    source = finished.folder / "offline_checkpoint.pt"
+    check_resumes(call, {("online", 60)}, awac.Run, tmp_path, offline_checkpoint=source, overlap=True, **TINY | SHORT)
+
+
 @pytest.mark.parametrize("kind", ["likelihood", "rnd", "embedding"])
 def test_another_coefficient_is_fitted_first_and_then_shared(kind, finished, call, hopper_file, tmp_path):
     settings = SHORT | {"coefficient": kind, "fit_iterations": 100, "p_threshold": 0.05, "buffer_size": 160}
