@@ -49,6 +49,7 @@ ONLINE_ONLY = {
         "online_iterations",
         "warmup_steps",
         "policy_hold_steps",
+        "overlap",
         "buffer_size",
         "samg",
         "keep_offline_data",
