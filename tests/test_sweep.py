@@ -334,7 +334,8 @@ def test_what_is_killed_goes_on_and_errors_are_kept(tmp_path):
     folders = {arm: tmp_path / f"runs/sweep/pretended/pretender-{arm}-seed0" for arm in arms}
 
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:
-        wait_for(lambda: (folders["slow"] / "pid").exists() or driver.poll() is not None)
+        begun = folders["slow"] / "pid", folders["flaky"] / "summary.json"
+        wait_for(lambda: all(file.exists() for file in begun) or driver.poll() is not None)
         pid = int((folders["slow"] / "pid").read_text())
         driver.kill()
     wait_for(lambda: not lives(pid), seconds=20)  # it dies with its driver
