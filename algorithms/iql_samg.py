@@ -1476,6 +1476,7 @@ def finetune_online(run: Run) -> None:
                 times.append(time.perf_counter())
                 if config.overlap:  # a GPU works through it while the environment steps
                     metrics = update(step)
+                times.append(time.perf_counter())
                 next_observation, reward, terminated, truncated = env.step(action)
                 times.append(time.perf_counter())
                 run.remember(observation, action, reward, next_observation, terminated)
@@ -1489,7 +1490,8 @@ def finetune_online(run: Run) -> None:
                 if config.samg and step % config.coefficient_frequency == 0:
                     run.update_coefficient()
                 times.append(time.perf_counter())
-                for part, start, stop in zip(("act", "environment", "insert", "update"), times, times[1:]):
+                parts = ("act", "update", "environment", "insert", "update")
+                for part, start, stop in zip(parts, times, times[1:]):
                     run.seconds[part] += stop - start
                 run.report("online", step, metrics, bar)
 
