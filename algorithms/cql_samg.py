@@ -89,7 +89,8 @@ class TrainConfig:
     samg: bool = True  # false: CORL's fine-tuning, without guidance
     keep_offline_data: bool = True  # only for samg false: fine-tune on offline and online rows; false: online rows only
     coefficient: str = "vae"  # p(s, a): vae, static, likelihood, rnd, embedding, even, random, none (see the classes)
-    p_threshold: float = 0.6  # p_m, Eq. (4): below it p is 0
+    p_threshold: float = 0.6  # p_m, Eq. (4): below it p is 0; not read where p_share is set
+    p_share: float = 0.0  # dose of guidance: above 0, p_m is what this share of held-out offline rows reaches [ours]
     coefficient_frequency: int = 10_000  # online steps between adaptive updates (Appendix B.1.4)
     refresh_offline_critic: bool = False  # copy the target critic into Q_off then (Algorithm 1, line 18) [ours]
     guidance_steps: int = 100_000  # online steps after which the guidance ends (Appendix C.4); 0: never [ours]
@@ -103,6 +104,7 @@ class TrainConfig:
     vae_beta: float = 0.5  # weight of the KL term: its value where there is no target, its start where there is one
     vae_kl_annealing: int = 0  # updates over which beta rises linearly from 0 to vae_beta (only without a target)
     vae_mean_weight: float = 0.5  # w: share of the means' degree p_M against the standard deviations' p_S [ours]
+    vae_tail: str = "joint"  # tail probability of all latents together; mean: of each alone, averaged [ours]
     # --- Coefficients likelihood, rnd, embedding (Appendix B.2 and ours)
     fit_iterations: int = 20_000  # updates on the offline data [ours]
     fit_hidden_dim: int = 256  # width of their two hidden layers [ours]
@@ -117,6 +119,7 @@ class TrainConfig:
     batch_size: int = 256  # rows an update
     hidden_dim: int = 256  # width of the hidden layers: three of the policy, q_n_hidden_layers of each critic
     q_n_hidden_layers: int = 3  # of the critics
+    critic_layer_norm: bool = True  # LayerNorm before each ReLU of the critics; CORL has none [ours]
     orthogonal_init: bool = True  # orthogonal weights (gain sqrt 2) and zero biases; false: last layers near zero
     policy_lr: float = 3e-5  # Adam, policy and temperature
     qf_lr: float = 3e-4  # Adam, critics and log_alpha_prime
@@ -172,7 +175,7 @@ def check_config(config: Any) -> None:
         config.env = config.dataset
     at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations", "fit_hidden_dim")
     at_least_1 += ("fit_iterations",)
-    shares = ("p_threshold", "vae_mean_weight", "mastered_share", "gamma", "tau")
+    shares = ("p_threshold", "p_share", "vae_mean_weight", "mastered_share", "gamma", "tau")
     for name, value in asdict(config).items():
         finite = not isinstance(value, (int, float)) or 0 <= value < math.inf
         if not (value == value if name in config.SIGNED else finite):
@@ -181,6 +184,8 @@ def check_config(config: Any) -> None:
             raise ValueError(f"{name} must be {'at most' if value else 'at least'} 1, it is {value}")
     if config.coefficient not in COEFFICIENTS:
         raise ValueError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, not {config.coefficient!r}")
+    if config.vae_tail not in ("mean", "joint"):
+        raise ValueError(f"vae_tail must be mean or joint, not {config.vae_tail!r}")
     config.compile = config.compile.lower()
     if config.compile not in ("auto", "true", "false"):
         raise ValueError(f"compile must be auto, true or false, not {config.compile!r}")
@@ -593,10 +598,12 @@ class ReplayBuffer:
 
 
 # --- Networks
-def mlp(*sizes: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
-    layers = [layer for pair in zip(sizes, sizes[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
+    """Linear layers with ReLU between them, with `layer_norm` a LayerNorm before each of these."""
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(n_in, n_out), *([nn.LayerNorm(n_out)] if layer_norm else []), nn.ReLU()]
+    return nn.Sequential(*layers[: -2 if layer_norm else -1])
 
 
 class LiveArrays:
@@ -673,7 +680,7 @@ class TanhGaussianActor(nn.Module):
 
 def initialize(network: nn.Sequential, orthogonal: bool) -> nn.Sequential:
     """CORL's start: orthogonal weights with gain sqrt 2 and zero biases in every layer, else a last layer near zero."""
-    for layer in network[::2] if orthogonal else ():
+    for layer in filter(lambda layer: orthogonal and isinstance(layer, nn.Linear), network):
         nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
         nn.init.zeros_(layer.bias)
     if not orthogonal:
@@ -684,9 +691,10 @@ def initialize(network: nn.Sequential, orthogonal: bool) -> nn.Sequential:
 class TwinCritic(nn.Module):
     """Two Q-functions of the same inputs."""
 
-    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, n_hidden: int) -> None:
+    def __init__(self, obs_dim: int, act_dim: int, hidden_dim: int, n_hidden: int, layer_norm: bool) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(mlp(obs_dim + act_dim, *[hidden_dim] * n_hidden, 1) for _ in range(2))
+        sizes = (obs_dim + act_dim, *[hidden_dim] * n_hidden, 1)
+        self.heads = nn.ModuleList(mlp(*sizes, layer_norm=layer_norm) for _ in range(2))
 
     def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """states: (n, obs_dim), normalised; actions: (n, act_dim). Returns Q, (2, n)."""
@@ -736,25 +744,37 @@ class ConditionalVAE(nn.Module):
         return error.square().mean(), -0.5 * (1 + 2 * std.log() - mean**2 - std**2).mean()
 
 
-def offline_degree(x_mean, x_std, mean, var, mean_weight: float, p_threshold: float) -> torch.Tensor:
-    """p(s, a), (n,), of encoder outputs (n, d), given the offline data's moments (2, d): row 0 of z_m, row 1 of z_s.
+def offline_degree(outputs, mean, cov, whitening, mean_weight: float, tail: str) -> torch.Tensor:
+    """p_int(s, a), (n,), of encoder outputs (2, n, d), z_m and z_s, given the offline data's moments of each.
 
-    Our copy of the paper lacks Eqs. (3)-(6): p_M and p_S are two-sided tail probabilities, averaged over dimensions,
-    p_int = w p_M + (1 - w) p_S, and p is 0 below p_m [ours].
+    Our copy of the paper lacks Eqs. (3)-(6): p_M and p_S are tail probabilities under a normal, p_int = w p_M + (1 - w)
+    p_S. `mean`: two-sided, of each latent alone, averaged. `joint`: of all d together, P(chi^2_d >= squared Mahalanobis
+    distance), which means the same for any number of latents [ours].
     """
-    scale = (2 * var).sqrt().clamp_min(1e-12)
-    p_m = torch.special.erfc((x_mean - mean[0]).abs() / scale[0]).mean(1)
-    p_s = torch.special.erfc((x_std - mean[1]).abs() / scale[1]).mean(1)
-    p_int = mean_weight * p_m + (1 - mean_weight) * p_s
-    return torch.where(p_int >= p_threshold, p_int, torch.zeros_like(p_int))
+    apart = outputs - mean[:, None]
+    if tail == "joint":
+        squared = (apart @ whitening.mT).square().sum(2)
+        p_m, p_s = torch.special.gammaincc(torch.full_like(squared, outputs.shape[2] / 2), squared / 2)
+    else:
+        scale = (2 * cov.diagonal(dim1=1, dim2=2)).sqrt().clamp_min(1e-12)
+        p_m, p_s = torch.special.erfc(apart.abs() / scale[:, None]).mean(2)
+    return mean_weight * p_m + (1 - mean_weight) * p_s
 
 
-def merge_moments(n_1, mean_1, var_1, n_2, mean_2, var_2) -> tuple:
-    """Count, mean and (population) variance of the union of two samples from those of each."""
-    n = n_1 + n_2
-    mean = mean_1 + (mean_2 - mean_1) * (n_2 / n)
-    var = (n_1 * (var_1 + (mean_1 - mean) ** 2) + n_2 * (var_2 + (mean_2 - mean) ** 2)) / n
-    return n, mean, var
+def whiten(cov: torch.Tensor) -> torch.Tensor:
+    """W, (..., d, d), with |W x|^2 the squared Mahalanobis distance of x from 0 under a normal of this covariance."""
+    scale = cov.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(1e-12)
+    correlation = cov / scale[..., :, None] / scale[..., None, :]
+    correlation = correlation + 1e-6 * torch.eye(cov.shape[-1]).to(cov)  # latents may be copies of each other
+    lower, _ = torch.linalg.cholesky_ex(correlation)
+    return torch.linalg.solve_triangular(lower, torch.diag_embed(1 / scale), upper=False)
+
+
+def merge_moments(n_1, mean_1, cov_1, n_2, mean_2, cov_2) -> tuple:
+    """Count, mean (..., d) and (population) covariance (..., d, d) of the union of two samples from those of each."""
+    n, apart = n_1 + n_2, mean_2 - mean_1
+    between = apart[..., :, None] * apart[..., None, :] * (n_1 * n_2 / n)
+    return n, mean_1 + apart * (n_2 / n), (n_1 * cov_1 + n_2 * cov_2 + between) / n
 
 
 def select_mastered(errors: torch.Tensor, share: float) -> torch.Tensor:
@@ -765,16 +785,19 @@ def select_mastered(errors: torch.Tensor, share: float) -> torch.Tensor:
 class LearnedCoefficient(nn.Module):
     """What each learned p(s, a) has: a fit to the offline data, then updates online that forget nothing (B.1.4).
 
-    A subclass has `fit_step` and `fit`, `loss(batch)` to minimise, and `outputs(batch)`, (n, k): what its p rests on.
+    A subclass has `fit_step` and `calibrate`, `degree(s, a, s')`: its p before the threshold, `loss(batch)` to
+    minimise, and `outputs(batch)`, (n, k): what its p rests on.
     """
 
-    ITERATIONS = "fit_iterations"  # the field with the number of fit_step's updates
+    PREFIX = "fit_"  # of the fields that the fit depends on, beside p_share
 
     def __init__(self, config: Any, obs_dim: int, act_dim: int) -> None:
         super().__init__()
-        self.config, self.fit_iterations = config, getattr(config, self.ITERATIONS)
+        self.config, self.fit_iterations = config, getattr(config, self.PREFIX + "iterations")
         self.adaptive = config.coefficient != "static"
+        self.training_rows = None  # indices of the data set's rows that are not held out, made by the first draw
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))  # rows behind the fit; 0: not fitted
+        self.register_buffer("share_threshold", torch.ones(()))  # p_m where p_share is set: the fit finds it
         for name, width in {"states": obs_dim, "actions": act_dim, "next_states": obs_dim}.items():
             self.register_buffer(f"probe_{name}", torch.zeros(1000, width))  # offline rows, only for the log
 
@@ -785,6 +808,41 @@ class LearnedCoefficient(nn.Module):
         every = torch.linspace(0, len(offline.p) - 1, len(self.probe_states), device=offline.p.device).long()
         for kept, columns in zip(self.probe(), offline.triple()):
             kept.copy_(columns[every])
+
+    @classmethod
+    def fit_settings(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The part of a configuration that the fit depends on."""
+        return {name: value for name, value in config.items() if name == "p_share" or name.startswith(cls.PREFIX)}
+
+    @torch.no_grad()
+    def forward(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
+        """p of raw s, a, s', each (n, its width): (n,), 0 or in [p_m, 1], Eq. (4)."""
+        p = self.degree(states, actions, next_states)
+        p_m = self.share_threshold if self.config.p_share else self.config.p_threshold
+        return torch.where(p >= p_m, p, torch.zeros_like(p))
+
+    def holds_out(self) -> bool:
+        """Whether a part of the data is kept from the fit's updates, to set p_m by it."""
+        return self.config.p_share > 0
+
+    def draw(self, dataset: ReplayBuffer) -> Batch:
+        """Offline rows for an update of the fit."""
+        if not self.holds_out():
+            return dataset.sample(self.config.batch_size)
+        if self.training_rows is None:
+            self.training_rows = (~held_out(dataset.size)).nonzero().squeeze(1).to(dataset.rows.device)
+        drawn = torch.randint(len(self.training_rows), (self.config.batch_size,), device=dataset.rows.device)
+        return dataset.batch(dataset.rows[self.training_rows[drawn]])
+
+    @torch.no_grad()
+    def fit(self, dataset: ReplayBuffer) -> None:
+        """After the updates: what p is measured by, the threshold, and some offline rows as a probe for the log."""
+        held = self.holds_out() and dataset.batch(dataset.rows[held_out(dataset.size).to(dataset.rows.device)])
+        self.calibrate(dataset.stored(), held)
+        if share := self.config.p_share:  # the paper gives words for how much passes ("a small portion") [ours]
+            p = torch.cat([self.degree(*chunk) for chunk in chunks(*held.triple())])
+            self.share_threshold.copy_(p.topk(max(1, round(share * len(p)))).values[-1])
+        self.keep_probe(dataset.stored())
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -818,29 +876,29 @@ class LearnedCoefficient(nn.Module):
 class VAECoefficient(LearnedCoefficient):
     """p^vae(s, a), Section 3.3: `vae`, updated online (Appendix B.1.4), or `static`, not."""
 
-    ITERATIONS = "vae_iterations"
+    PREFIX = "vae_"
 
     def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
         super().__init__(config, obs_dim, act_dim)
         self.vae = ConditionalVAE(obs_dim, act_dim, config.vae_hidden_dim, config.vae_simple_decoder)
         self.register_buffer("beta", torch.tensor(config.vae_beta))
         self.register_buffer("mean", torch.zeros(2, 2 * act_dim))  # of z_m and of z_s, over `count` rows
-        self.register_buffer("var", torch.ones(2, 2 * act_dim))
+        self.register_buffer("cov", torch.eye(2 * act_dim).repeat(2, 1, 1))
+        self.register_buffer("whitening", self.cov.clone())
         self.to(device)
         self.optimizers = {"vae": torch.optim.Adam(self.vae.parameters(), lr=config.vae_learning_rate, fused=True)}
 
-    @torch.no_grad()
-    def forward(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
-        """p of raw (s, a), (n, obs_dim) and (n, act_dim), next_states unused: (n,), 0 or in [p_threshold, 1]."""
-        outputs = self.vae.encode(states, actions)
-        return offline_degree(*outputs, self.mean, self.var, self.config.vae_mean_weight, self.config.p_threshold)
+    def degree(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
+        """p_int of raw (s, a), (n, obs_dim) and (n, act_dim), next_states unused: (n,)."""
+        outputs, config = torch.stack(self.vae.encode(states, actions)), self.config
+        return offline_degree(outputs, self.mean, self.cov, self.whitening, config.vae_mean_weight, config.vae_tail)
 
     def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
         """One update on offline rows; `step` counts from 0."""
         config = self.config
         if not config.vae_kl_target:  # a fixed beta, or KL annealing (Appendix B.1.2)
             self.beta.fill_(config.vae_beta * min(1.0, (step + 1) / max(1, config.vae_kl_annealing)))
-        reconstruction, kl = self.vae.losses(dataset.sample(config.batch_size))
+        reconstruction, kl = self.vae.losses(self.draw(dataset))
         descend(self.optimizers, gradients(self.optimizers, {"vae": reconstruction + self.beta * kl}))
         metrics = {"vae_reconstruction": reconstruction.detach(), "vae_kl": kl.detach(), "vae_beta": self.beta.clone()}
         if config.vae_kl_target:  # under a fixed beta the posterior collapses easily: steer it [ours]
@@ -857,16 +915,23 @@ class VAECoefficient(LearnedCoefficient):
     @torch.no_grad()
     def learn_rows(self, mastered: Batch) -> None:
         """Take rows into the normals N_M, N_S that describe what is in distribution (Section 3.3), by their moments."""
-        parts = zip(mastered.states.split(8192), mastered.actions.split(8192))  # chunks bound the memory
-        outputs = torch.stack([torch.cat(part) for part in zip(*(self.vae.encode(*part) for part in parts))]).double()
-        rows = len(mastered.p), outputs.mean(1), outputs.var(1, correction=0)
-        count, mean, var = merge_moments(self.count, self.mean.double(), self.var.double(), *rows)
-        self.count.copy_(count), self.mean.copy_(mean), self.var.copy_(var)
+        moments = self.count, self.mean.double(), self.cov.double()
+        for states, actions in chunks(mastered.states, mastered.actions):
+            outputs = torch.stack(self.vae.encode(states, actions)).double()
+            mean = outputs.mean(1)
+            apart = outputs - mean[:, None]
+            moments = merge_moments(*moments, len(states), mean, apart.mT @ apart / len(states))
+        self.count.copy_(moments[0]), self.mean.copy_(moments[1]), self.cov.copy_(moments[2])
+        self.whitening.copy_(whiten(moments[2]))
 
-    def fit(self, dataset: ReplayBuffer) -> None:
-        """Fit the normals to all offline rows; keep some of these as a probe for the log."""
-        self.learn_rows(dataset.stored())
-        self.keep_probe(dataset.stored())
+    def calibrate(self, offline: Batch, held_out: Batch) -> None:
+        """Fit the normals to all offline rows."""
+        self.learn_rows(offline)
+
+
+def chunks(*columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of all columns, so many at a time that the memory stays bounded."""
+    return zip(*(column.split(8192) for column in columns))
 
 
 class CalibratedCoefficient(LearnedCoefficient):
@@ -882,7 +947,6 @@ class CalibratedCoefficient(LearnedCoefficient):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
         self.register_buffer("scores", torch.zeros(1000))  # quantiles of the held-out rows' strangeness, rising
-        self.training_rows = None  # indices into the data set, made by the first fit_step
         self.to(device)
         self.optimizers = {"fit": torch.optim.Adam(self.trained(), lr=config.fit_learning_rate, fused=True)}
 
@@ -890,13 +954,13 @@ class CalibratedCoefficient(LearnedCoefficient):
         scaled = ((columns - self.state_mean) / self.state_std for columns in (states, next_states))
         return next(scaled), (actions - self.action_mean) / self.action_std, next(scaled)
 
-    @torch.no_grad()
-    def forward(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
-        """p of raw s, a, s', each (n, its width): (n,), 0 or in [p_threshold, 1]."""
-        p = self.degree(self.strangeness(*self.standardise(states, actions, next_states)))
-        return torch.where(p >= self.config.p_threshold, p, torch.zeros_like(p))
+    def holds_out(self) -> bool:
+        return True
 
-    def degree(self, strangeness: torch.Tensor) -> torch.Tensor:
+    def degree(self, states: torch.Tensor, actions: torch.Tensor, next_states: torch.Tensor) -> torch.Tensor:
+        return self.rank(self.strangeness(*self.standardise(states, actions, next_states)))
+
+    def rank(self, strangeness: torch.Tensor) -> torch.Tensor:
         return 1 - torch.searchsorted(self.scores, strangeness) / len(self.scores)
 
     def outputs(self, batch: Batch) -> torch.Tensor:
@@ -908,25 +972,20 @@ class CalibratedCoefficient(LearnedCoefficient):
     def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
         """One update on offline rows that are not held out; the step size falls linearly to 0 over all steps."""
         if self.training_rows is None:
-            self.training_rows = (~held_out(dataset.size)).nonzero().squeeze(1).to(dataset.rows.device)
             states, actions = dataset.stored()[:2]
             self.state_mean.copy_(states.mean(0)), self.state_std.copy_(states.std(0) + 1e-3)
             self.action_mean.copy_(actions.mean(0)), self.action_std.copy_(actions.std(0) + 1e-3)
-        drawn = torch.randint(len(self.training_rows), (self.config.batch_size,), device=dataset.rows.device)
-        loss = self.loss(dataset.batch(dataset.rows[self.training_rows[drawn]]))
+        loss = self.loss(self.draw(dataset))
         self.optimizers["fit"].param_groups[0]["lr"] = self.config.fit_learning_rate * (1 - step / self.fit_iterations)
         descend(self.optimizers, gradients(self.optimizers, {"fit": loss}))
         return {"fit_loss": loss.detach()}
 
-    @torch.no_grad()
-    def fit(self, dataset: ReplayBuffer) -> None:
-        """Calibrate on the rows that no fit_step has seen."""
-        rows = dataset.batch(dataset.rows[held_out(dataset.size).to(dataset.rows.device)])
-        chunks = zip(*(columns.split(8192) for columns in rows.triple()))  # they bound the memory
-        scores = torch.cat([self.strangeness(*self.standardise(*chunk)) for chunk in chunks]).sort().values
+    def calibrate(self, offline: Batch, held_out: Batch) -> None:
+        """Keep quantiles of what no fit_step has seen."""
+        strangeness = (self.strangeness(*self.standardise(*chunk)) for chunk in chunks(*held_out.triple()))
+        scores = torch.cat([*strangeness]).sort().values
         every = torch.linspace(0, len(scores) - 1, len(self.scores), device=scores.device).long()
         self.scores.copy_(scores[every]), self.count.fill_(len(scores))
-        self.keep_probe(dataset.stored())
 
 
 def held_out(n: int) -> torch.Tensor:
@@ -984,7 +1043,7 @@ class EmbeddingCoefficient(CalibratedCoefficient):
     def strangeness(self, states, actions, next_states) -> torch.Tensor:
         return (self.predict(states, next_states) - actions).square().mean(1)
 
-    def degree(self, strangeness: torch.Tensor) -> torch.Tensor:
+    def rank(self, strangeness: torch.Tensor) -> torch.Tensor:
         mean, std = self.scores.mean(), self.scores.std(correction=0)
         return torch.special.erfc((strangeness - mean).abs() / (math.sqrt(2) * std))
 
@@ -1008,19 +1067,30 @@ COEFFICIENTS |= {"rnd": RNDCoefficient, "embedding": EmbeddingCoefficient}
 COEFFICIENTS |= dict.fromkeys(("even", "random", "none"), ConstantCoefficient)
 
 
+GUIDANCE_METRICS = ("r_in_mean", "r_in_std", "guidance_size", "horizon")
+
+
+def guidance_metrics(r_in: torch.Tensor, p: torch.Tensor, discount: float) -> dict[str, torch.Tensor]:
+    """Of a batch: r_in, (n,), its mean size (compare td_error), and how many steps ahead the target looks by itself."""
+    horizon = 1 / (1 - discount * (1 - p)).clamp_min(1e-6)
+    metrics = (r_in.mean(), r_in.std(), r_in.abs().mean(), horizon.mean())
+    return dict(zip(GUIDANCE_METRICS, metrics))
+
+
 # --- CQL with SAMG
 class CQL(nn.Module):
     """CQL (Kumar et al., 2020) as CORL runs it, with SAMG's target, Eq. (1), and penalty."""
 
     ALGORITHM = "cql_samg"
     METRICS = ("critic_loss", "actor_loss", "q_mean", "cql_gap", "entropy", "alpha", "alpha_prime")
-    METRICS += ("r_in_mean", "r_in_std")
+    METRICS += ("td_error", *GUIDANCE_METRICS)
 
     def __init__(self, config: TrainConfig, env: Environment, device: str) -> None:
         super().__init__()
         self.config, self.updates = config, 0
-        self.actor = TanhGaussianActor(env.obs_dim, env.act_dim, config.hidden_dim, config.orthogonal_init)
-        self.critic = TwinCritic(env.obs_dim, env.act_dim, config.hidden_dim, config.q_n_hidden_layers)
+        dims = (env.obs_dim, env.act_dim, config.hidden_dim)
+        self.actor = TanhGaussianActor(*dims, config.orthogonal_init)
+        self.critic = TwinCritic(*dims, config.q_n_hidden_layers, config.critic_layer_norm)
         for head in self.critic.heads:
             initialize(head, config.orthogonal_init)
         self.target_critic = frozen_copy(self.critic)
@@ -1099,7 +1169,7 @@ class CQL(nn.Module):
                 best_actions = next_actions.take_along_dim(best[:, None, None], dim=1).squeeze(1)
                 q_off = self.offline_critic(next_states, best_actions).amin(0)
                 r_in = config.discount * (1 - batch.dones) * p * (q_off - q_next)  # Section 4.1: as intrinsic reward
-                metrics |= {"r_in_mean": r_in.mean(), "r_in_std": r_in.std()}
+                metrics |= guidance_metrics(r_in, p, config.discount)
                 q_next = (1 - p) * q_next + p * q_off
             if config.backup_entropy:
                 q_next = q_next - alpha * next_log_pi.take_along_dim(best[:, None], dim=1).squeeze(1)
@@ -1137,7 +1207,7 @@ class CQL(nn.Module):
         # --- One step of each optimiser
         metrics |= {"critic_loss": losses["critic"].detach(), "actor_loss": actor_loss.detach(), "alpha": alpha}
         metrics |= {"q_mean": q[:, :, 0].detach().mean(), "cql_gap": gap.detach().mean()}
-        metrics["entropy"] = -log_pi.detach().mean()
+        metrics |= {"entropy": -log_pi.detach().mean(), "td_error": (q[:, :, 0].detach() - target).abs().mean()}
         along = gradients(self.optimizers, losses)
         if self.policy_held:
             along = {name: gradient for name, gradient in along.items() if name not in ("actor", "alpha")}
@@ -1303,12 +1373,11 @@ class Run:
             names = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")
             progress = {name: progress[name] for name in names}
             progress["step"] = config.offline_iterations = saved["offline_iterations"]
-            fitted = COEFFICIENTS[saved["coefficient"] if saved["samg"] else "none"]
-            if fitted is type(self.coefficient) and state["coefficient"].get("count", 0):
-                name = fitted.ITERATIONS
-                setattr(config, name, saved[name])
-                self.coefficient.fit_iterations, progress["step"] = saved[name], config.offline_iterations + saved[name]
-            else:  # this run's coefficient was not fitted there, or needs no fitting
+            kind, fitted = type(self.coefficient), COEFFICIENTS[saved["coefficient"] if saved["samg"] else "none"]
+            fits = fitted is kind and state["coefficient"].get("count", 0)
+            if fits and kind.fit_settings(saved) == kind.fit_settings(asdict(config)):
+                progress["step"] += self.coefficient.fit_iterations
+            else:  # this run's coefficient was not fitted there, or otherwise, or needs no fitting
                 parts = {"agent": self.agent} | self.agent.optimizers
         for name, part in parts.items():
             if not whole and isinstance(part, torch.optim.Optimizer):  # with this run's own step sizes
@@ -1466,13 +1535,15 @@ class Run:
         """Write the last checkpoint and summary.json (fields in the README), and print the closing table."""
         self.save()
         offline = [score for online, _, score, _ in self.evaluations if not online] or [math.nan]
-        online = [score for online, _, score, _ in self.evaluations if online] or [math.nan]
-        early = [score for online, step, score, _ in self.evaluations if online and step <= 10_000] or [math.nan]
-        train = np.array(self.train_episodes or [[math.nan] * 3]).mean(0)
+        steps, online = zip(*([x[1:3] for x in self.evaluations if x[0]] or [(0, math.nan)]))
+        early = [score for step, score in zip(steps, online) if step <= 10_000] or [math.nan]
+        train = np.array(self.train_episodes or [[0, math.nan, math.nan]])
+        recent = min(np.searchsorted(train[:, 0], [0, *steps][-6:][0]), len(train) - 1)  # since before the last five
         unit = 100 if self.env.normalized else math.nan
-        scores = {"offline_score": offline[-1], "final_score": online[-1], "best_score": max(online)}
+        scores = {"offline_score": offline[-1], "final_score": np.mean(online[-5:]), "last_score": online[-1]}
+        scores |= {"train_score": train[recent:, 1].mean(), "best_score": max(online)}
         scores |= {"switch_drop": offline[-1] - min(early), "regret": 1 - np.mean(online) / unit}
-        scores |= {"train_return": train[2], "train_regret": 1 - train[1] / unit}
+        scores |= {"train_return": train[:, 2].mean(), "train_regret": 1 - train[:, 1].mean() / unit}
         summary = {name: float(score) if math.isfinite(score) else None for name, score in scores.items()}
         summary |= {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
         summary |= asdict(self.config) | {"algorithm": self.algorithm.ALGORITHM, "device": self.device}

@@ -63,14 +63,29 @@ def normalized(values, *states):
 
 
 def layers(values, network):
-    return sorted({int(name.split(".")[-2]) for name in values if name.startswith(network + ".")})
+    """The places of the linear layers; a LayerNorm, which has a vector for a weight, stands right behind its own."""
+    found = [name for name in values if name.startswith(network + ".") and values[name].ndim == 2]
+    return sorted(int(name.split(".")[-2]) for name in found)
+
+
+def linear(values, network, i, x):
+    return x @ values[f"{network}.{i}.weight"].T + values[f"{network}.{i}.bias"]
+
+
+def standardised(z):
+    """Rows of z at mean 0 and variance 1, as LayerNorm makes them, and the deviations that they had."""
+    apart = z - z.mean(1, keepdims=True)
+    std = np.sqrt((apart**2).mean(1, keepdims=True) + 1e-5)
+    return apart / std, std
 
 
 def forward(values, network, x):
     """The inputs of the linear layers, then the output."""
     path, numbers = [x], layers(values, network)
     for i in numbers:
-        x = x @ values[f"{network}.{i}.weight"].T + values[f"{network}.{i}.bias"]
+        x, norm = linear(values, network, i, x), f"{network}.{i + 1}"
+        if f"{norm}.weight" in values:
+            x = standardised(x)[0] * values[f"{norm}.weight"] + values[f"{norm}.bias"]
         path.append(x := np.maximum(x, 0) if i < numbers[-1] else x)
     return path
 
@@ -79,6 +94,12 @@ def backward(values, network, path, gradient):
     """Gradients of weights and biases, and of the input, from the gradient of the output."""
     gradients = {}
     for i, x in zip(layers(values, network)[::-1], path[-2::-1]):
+        norm = f"{network}.{i + 1}"
+        if f"{norm}.weight" in values:
+            unit, std = standardised(linear(values, network, i, x))
+            gradients |= {f"{norm}.weight": (gradient * unit).sum(0), f"{norm}.bias": gradient.sum(0)}
+            g = gradient * values[f"{norm}.weight"]
+            gradient = (g - g.mean(1, keepdims=True) - unit * (g * unit).mean(1, keepdims=True)) / std
         gradients |= {f"{network}.{i}.weight": gradient.T @ x, f"{network}.{i}.bias": gradient.sum(0)}
         gradient = gradient @ values[f"{network}.{i}.weight"] * ((x > 0) if i else 1)
     return gradients, gradient
@@ -101,8 +122,9 @@ def polyak(values, rate):
         values[name] += rate * (values[name.removeprefix("target_")] - values[name])
 
 
-def r_in_metrics(r_in):
-    return {"r_in_mean": r_in.mean(), "r_in_std": r_in.std(ddof=1)}
+def guidance_metrics(r_in, p, discount):
+    metrics = {"r_in_mean": r_in.mean(), "r_in_std": r_in.std(ddof=1), "guidance_size": np.abs(r_in).mean()}
+    return metrics | {"horizon": np.mean([1 / (1 - discount * (1 - x)) for x in p])}
 
 
 def assert_gradients(agent, gradients, rtol, atol):

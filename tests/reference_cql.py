@@ -18,19 +18,20 @@ from reference import (
     assert_gradients,
     backward,
     forward,
+    guidance_metrics,
     make_batch,
     normalized,
     polyak,
-    r_in_metrics,
     scattered_agent,
     values_of,
 )
 
 K = 4
 SIZES = {"hidden_dim": 8, "q_n_hidden_layers": 2, "cql_n_actions": K, "policy_lr": 0.01, "qf_lr": 0.02}
-PLAIN = {"cql_alpha": 0.7, "soft_target_update_rate": 0.1}
+PLAIN = {"cql_alpha": 0.7, "soft_target_update_rate": 0.1, "critic_layer_norm": False}
 VARIANTS = {
     "plain": {},
+    "layer norm": {"critic_layer_norm": True},
     "lagrange": {"cql_lagrange": True, "cql_target_action_gap": 0.8},
     "max target backup": {"cql_max_target_backup": True},
     "backup entropy": {"backup_entropy": True, "cql_max_target_backup": True, "alpha_multiplier": 0.5},
@@ -187,11 +188,11 @@ def reference_update(values, memory, step, batch, noise, config, guided, calibra
         gradients |= backward(values, f"critic.heads.{h}", path, g_q[h].T.reshape(-1, 1))[0]
 
     metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_mean": q[:, :, 0].mean(), "alpha": alpha}
-    metrics |= {"cql_gap": gap.mean(), "entropy": -log_pi.mean()}
+    metrics |= {"cql_gap": gap.mean(), "entropy": -log_pi.mean(), "td_error": np.abs(q[:, :, 0] - y).mean()}
     if config.cql_lagrange:
         metrics["alpha_prime"] = np.exp(values["log_alpha_prime"])
     if guided:
-        metrics |= r_in_metrics(config.discount * (1 - d) * p * (q_off - q_target))
+        metrics |= guidance_metrics(config.discount * (1 - d) * p * (q_off - q_target), p, config.discount)
     for name, gradient in gradients.items():
         of_critics = name.startswith(("critic", "log_alpha_prime"))
         adam(values, memory, {name: gradient}, step, config.qf_lr if of_critics else config.policy_lr)

@@ -24,6 +24,7 @@ from reference import (
     check_update_is_finite,
     equal,
     forward,
+    guidance_metrics,
     loss_with_moved,
     make_batch,
     make_constant,
@@ -31,7 +32,6 @@ from reference import (
     normalized,
     on_the_border,
     polyak,
-    r_in_metrics,
     same,
     scattered_agent,
     update_in_period,
@@ -66,11 +66,12 @@ def reference_update(values, memory, step, batch, noise, config, guided):
     p = p * values["guidance_weight"] if guided else 0 * p
     y = r + config.gamma * (1 - d) * ((1 - p) * q_target + p * q_off)
 
-    critic_loss, q_mean, gradients = 0.0, 0.0, {}
+    critic_loss, q_mean, td_error, gradients = 0.0, 0.0, 0.0, {}
     for head in ("critic.heads.0", "critic.heads.1"):
         path = forward(values, head, np.hstack([s, a]))
         error = path[-1][:, 0] - y
         critic_loss, q_mean = critic_loss + np.mean(error**2), q_mean + path[-1].mean() / 2
+        td_error += np.abs(error).mean() / 2
         gradients |= backward(values, head, path, 2 * error[:, None] / n)[0]
     adam(values, memory, gradients, step, config.learning_rate)
 
@@ -85,16 +86,18 @@ def reference_update(values, memory, step, batch, noise, config, guided):
     adam(values, memory, actor_gradients, step, config.learning_rate)
 
     polyak(values, config.tau)
-    metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_mean": q_mean}
+    metrics = {"critic_loss": critic_loss, "actor_loss": actor_loss, "q_mean": q_mean, "td_error": td_error}
     if guided:
-        metrics |= r_in_metrics(config.gamma * (1 - d) * p * (q_off - q_target))
+        metrics |= guidance_metrics(config.gamma * (1 - d) * p * (q_off - q_target), p, config.gamma)
     return metrics, gradients | actor_gradients, weights
 
 
 # --- One update
+@pytest.mark.parametrize(("layer_norm", "awac_lambda"), [(False, 0.5), (True, 0.02)])
 @pytest.mark.parametrize(("p", "dones", "guided", "guidance"), CASES.values(), ids=CASES)
-def test_two_updates_equal_the_formulas_in_numpy(awac, noise, p, dones, guided, guidance):
-    agent, batch = make_agent(awac, awac_lambda=0.5, exp_adv_max=1.5, tau=0.1), make_batch(awac, p, dones)
+def test_two_updates_equal_the_formulas_in_numpy(awac, noise, p, dones, guided, guidance, layer_norm, awac_lambda):
+    settings = {"awac_lambda": awac_lambda, "exp_adv_max": 1.5, "tau": 0.1, "critic_layer_norm": layer_norm}
+    agent, batch = make_agent(awac, **settings), make_batch(awac, p, dones)
     agent.guidance_weight.fill_(guidance)
     values, memory = values_of(agent), {}
     for step in (1, 2):

@@ -18,7 +18,7 @@ BOUNDS = [-math.inf, 20.0, 0.0, 0.3, -0.5, 0.1, -1.0, 0.5]
 
 # --- The update
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("variant", ["plain", "lagrange", "max target backup", "no importance sampling", "temperature"])
+@pytest.mark.parametrize("variant", ["plain", "layer norm", "lagrange", "max target backup", "temperature"])
 def test_two_updates_equal_the_formulas_in_numpy(calql, variant, case):
     p, dones, _, _ = CASES[case]
     agent = make_agent(calql, "CalQL", **PLAIN | VARIANTS[variant])
@@ -305,7 +305,8 @@ def test_resumed_run_equals_the_uninterrupted_one(calql, samg, hopper_file, tmp_
 
 
 def test_run_from_end_to_end(hopper_file, tmp_path):
-    run_script(ROOT / "algorithms" / "calql_samg.py", dataset=hopper_file, runs_dir=tmp_path, **TINY)
+    settings = TINY | {"dataset": hopper_file, "critic_layer_norm": False}  # so that Q starts far below the returns
+    run_script(ROOT / "algorithms" / "calql_samg.py", runs_dir=tmp_path, **settings)
     folder = only_folder(tmp_path)
     assert [len(rows(folder, phase)) for phase in ("offline", "coefficient", "online")] == [6, 4, 32]
     assert len(numbers(folder, "offline", "bound_rate")) == 6 and len(numbers(folder, "online", "bound_rate")) == 28

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from scipy import stats
 
 torch.set_num_threads(1)
 OBS, ACT = 3, 1
@@ -39,11 +40,12 @@ def make_batch(awac, n, seed=0, shift=0.0):
 
 
 # --- p(s, a)
-def degree(awac, sigmas_m, sigmas_s, w=0.5, threshold=0.0):
+def degree(awac, sigmas_m, sigmas_s, w=0.5, tail="mean"):
     """p of one row that lies so many standard deviations from the means of z_m and of z_s, in either direction."""
     std, direction = TWO_VARS.sqrt(), torch.tensor([1.0, -1.0])
-    rows = (TWO_ROWS[i] + direction * std[i] * torch.tensor(s) for i, s in enumerate((sigmas_m, sigmas_s)))
-    return awac.offline_degree(*(row[None] for row in rows), TWO_ROWS, TWO_VARS, w, threshold).item()
+    rows = [TWO_ROWS[i] + direction * std[i] * torch.tensor(s) for i, s in enumerate((sigmas_m, sigmas_s))]
+    cov = torch.diag_embed(TWO_VARS)
+    return awac.offline_degree(torch.stack(rows)[:, None], TWO_ROWS, cov, awac.whiten(cov), w, tail).item()
 
 
 @pytest.mark.parametrize("sigmas", ERFC)
@@ -58,9 +60,35 @@ def test_p_averages_dimensions_and_mixes_means_and_deviations_by_w(awac):
     assert degree(awac, [0, 1], [2, 0], w=0.5) == pytest.approx(0.590702692940, abs=1e-11)
 
 
-def test_p_is_kept_at_the_threshold_and_0_below_it(awac):
-    assert degree(awac, [0, 0], [99, 99], threshold=0.5) == 0.5
-    assert degree(awac, [0, 0], [99, 99], threshold=math.nextafter(0.5, 1)) == 0.0
+def test_p_is_kept_at_the_threshold_and_0_below_it(awac, monkeypatch):
+    coefficient, row = make_coefficient(awac, p_threshold=0.5), make_batch(awac, 1).triple()
+    p = torch.tensor([0.5, math.nextafter(0.5, 0)], dtype=torch.float64)
+    monkeypatch.setattr(coefficient, "degree", lambda *triple: p)
+    assert coefficient(*row).tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize("d", [1, 6, 56])
+def test_the_joint_tail_is_chi_squared_of_the_mahalanobis_distance_in_scipy(awac, d):
+    random = np.random.default_rng(d)
+    mixing, mean = random.normal(size=(2, d, d)), random.normal(size=(2, d))
+    cov = mixing @ mixing.transpose(0, 2, 1) + 0.1 * np.eye(d)
+    outputs = mean[:, None] + random.normal(size=(2, 9, d)) @ mixing.transpose(0, 2, 1)
+    apart = outputs - mean[:, None]
+    squared = np.einsum("kni,kij,knj->kn", apart, np.linalg.inv(cov), apart)
+    expected = stats.chi2.sf(squared, d)
+    tensors = [torch.from_numpy(x) for x in (outputs, mean, cov)]
+    whitening = awac.whiten(tensors[2])
+    found = awac.offline_degree(*tensors, whitening, 0.3, "joint").numpy()
+    np.testing.assert_allclose(found, 0.3 * expected[0] + 0.7 * expected[1], atol=1e-4)
+    if d == 1:
+        averaged = awac.offline_degree(*tensors, whitening, 0.3, "mean").numpy()
+        np.testing.assert_allclose(found, averaged, atol=1e-6)
+
+
+def test_the_joint_tail_of_latents_that_are_copies_of_each_other_is_finite(awac):
+    cov = torch.ones(2, 3, 3)
+    p = awac.offline_degree(torch.ones(2, 4, 3), torch.zeros(2, 3), cov, awac.whiten(cov), 0.5, "joint")
+    assert p.tolist() == pytest.approx([stats.chi2.sf(1, 3)] * 4, abs=1e-3)
 
 
 def test_p_of_rows_does_not_depend_on_the_other_rows(awac):
@@ -73,9 +101,10 @@ def test_p_of_rows_does_not_depend_on_the_other_rows(awac):
 
 
 def test_a_dimension_without_variance_gives_1_on_its_mean_and_0_off_it(awac):
-    mean, var = torch.zeros(2, 1), torch.zeros(2, 1)
-    x = torch.tensor([[0.0], [1e-3]])
-    assert awac.offline_degree(x, x, mean, var, 0.5, 0.6).tolist() == [1.0, 0.0]
+    mean, cov = torch.zeros(2, 1), torch.zeros(2, 1, 1)
+    x = torch.tensor([[0.0], [1e-3]]).repeat(2, 1, 1)
+    for tail in ("mean", "joint"):
+        assert awac.offline_degree(x, mean, cov, awac.whiten(cov), 0.5, tail).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(("kind", "low", "high"), [("even", 0.5, 0.5), ("none", 0.0, 0.0), ("random", 0.0, 1.0)])
@@ -95,15 +124,23 @@ def test_constant_coefficients_look_at_no_sample(awac, kind, low, high):
 def test_merged_moments_are_those_of_all_samples_together(awac, n_1, n_2):
     random = np.random.default_rng(0)
     first, second = random.normal(3.0, 2.0, (n_1, 2, 4)), random.normal(-1.0, 0.1, (n_2, 2, 4))
-    n, mean, var = awac.merge_moments(n_1, first.mean(0), first.var(0), n_2, second.mean(0), second.var(0))
-    union = np.concatenate([first, second])
+    second[..., 1] += 2 * second[..., 0]  # correlated
+    n, mean, cov = awac.merge_moments(*moments(first), *moments(second))
+    expected = moments(np.concatenate([first, second]))
     assert n == n_1 + n_2
-    np.testing.assert_allclose(mean, union.mean(0), rtol=1e-10)
-    np.testing.assert_allclose(var, union.var(0), rtol=1e-10)
+    np.testing.assert_allclose(mean, expected[1], rtol=1e-10)
+    np.testing.assert_allclose(cov, expected[2], rtol=1e-9, atol=1e-12)
+
+
+def moments(x):
+    """Count, means (k, d) and population covariances (k, d, d) of samples (n, k, d), in numpy."""
+    each = [np.atleast_2d(np.cov(x[:, k], rowvar=False, bias=True)) for k in range(x.shape[1])]
+    return len(x), x.mean(0), np.nan_to_num(np.stack(each))
 
 
 def test_merging_into_no_rows_gives_the_new_rows_moments(awac):
-    assert awac.merge_moments(0, 5.0, 1.0, 4, 2.5, 0.75) == (4, 2.5, 0.75)
+    new = 4, torch.tensor([2.5]), torch.tensor([[0.75]])
+    assert awac.merge_moments(0, torch.tensor([5.0]), torch.tensor([[1.0]]), *new) == new
 
 
 @pytest.mark.parametrize(("n", "share", "expected"), [(40, 0.1, 4), (39, 0.1, 3), (9, 0.1, 1), (1, 0.1, 1), (5, 1, 5)])
@@ -228,9 +265,31 @@ def test_fit_takes_the_moments_of_all_rows_and_keeps_a_probe_of_them(awac, n):
     assert coefficient.count.item() == n
     for i, outputs in enumerate(numpy_encode(coefficient.vae, batch)):
         np.testing.assert_allclose(coefficient.mean[i], outputs.mean(0), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(coefficient.var[i], outputs.var(0), rtol=1e-4)
+        np.testing.assert_allclose(coefficient.cov[i], np.cov(outputs.T, bias=True), rtol=1e-4, atol=1e-7)
     rows, probe = ({row.tobytes() for row in np.hstack(triple)} for triple in (batch.triple(), coefficient.probe()))
     assert probe <= rows and len(probe) == min(n, 1000)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["vae", "static", "likelihood", "rnd", "embedding"])
+def test_with_p_share_that_share_of_the_held_out_rows_passes(awac, kind, share):
+    torch.manual_seed(0)
+    sizes = {"vae_hidden_dim": 12, "fit_hidden_dim": 12, "fit_iterations": 100, "batch_size": 16}
+    config = awac.TrainConfig(coefficient=kind, p_share=share, p_threshold=0.999, **sizes)
+    coefficient = awac.COEFFICIENTS[kind](config, OBS, ACT, "cpu")
+    dataset = awac.ReplayBuffer(4000, OBS, ACT, "cpu")
+    dataset.load(torch.hstack([column.reshape(4000, -1) for column in make_batch(awac, 4000)]).numpy())
+    for step in range(30):
+        coefficient.fit_step(dataset, step)
+    coefficient.fit(dataset)
+    held = awac.held_out(4000)
+    assert torch.equal(coefficient.training_rows, (~held).nonzero().squeeze(1))
+    n = int(held.sum())
+    p = coefficient(*dataset.batch(dataset.rows[held]).triple())
+    assert abs((p > 0).float().mean().item() - share) <= 1 / n
+    other = awac.COEFFICIENTS[kind](config, OBS, ACT, "cpu")  # from a checkpoint
+    other.load_state_dict(coefficient.state_dict())
+    assert torch.equal(other(*dataset.batch(dataset.rows[held]).triple()), p)
 
 
 # --- Adaptive update
@@ -266,7 +325,7 @@ def test_an_accepted_update_changes_encoder_and_moments_and_reports_p_before_and
     coefficient, mastered, known, before, report = adapted(awac, adapt_iterations=20)
     assert report["adapt_accepted"] == 1 and report.keys() == REPORT
     changed = {name for name, value in coefficient.state_dict().items() if not torch.equal(value, before[name])}
-    assert {"count", "mean", "var", "vae.encoder.0.weight"} <= changed and not changed & {
+    assert {"count", "mean", "cov", "whitening", "vae.encoder.0.weight"} <= changed and not changed & {
         "beta",
         "probe_states",
         "probe_actions",
@@ -285,7 +344,8 @@ def test_without_a_gradient_step_the_mastered_rows_join_the_moments_with_the_off
     outputs = zip(*(numpy_encode(coefficient.vae, rows) for rows in (make_batch(awac, 600), mastered)))
     for i, parts in enumerate(outputs):
         np.testing.assert_allclose(coefficient.mean[i], np.concatenate(parts).mean(0), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(coefficient.var[i], np.concatenate(parts).var(0), rtol=1e-4)
+        expected = np.cov(np.concatenate(parts).T, bias=True)
+        np.testing.assert_allclose(coefficient.cov[i], expected, rtol=1e-4, atol=1e-7)
 
 
 def test_an_update_is_accepted_only_if_the_known_rows_lose_less_than_the_bound(awac):
@@ -344,7 +404,7 @@ def test_too_few_rows_to_hold_any_out_end_in_one_line(awac):
 def test_p_is_the_share_of_held_out_rows_at_least_as_strange(awac):
     coefficient = make_calibrated(awac, "rnd")
     coefficient.scores.copy_(torch.arange(1.0, 1001.0))
-    found = coefficient.degree(torch.tensor([0.0, 1.0, 1.5, 500.0, 1000.0, 1001.0])).tolist()
+    found = coefficient.rank(torch.tensor([0.0, 1.0, 1.5, 500.0, 1000.0, 1001.0])).tolist()
     assert found == pytest.approx([1.0, 1.0, 0.999, 0.501, 0.001, 0.0], abs=1e-6)
 
 
@@ -373,7 +433,7 @@ def test_strangeness_by_hand(awac):
         parameter.data.zero_()
     assert embedding.strangeness(states, actions, states).tolist() == pytest.approx([1.0, 9.0])
     embedding.scores.copy_(torch.tensor([1.0, 3.0]).repeat(500))  # mean 2, deviation 1
-    p = embedding.degree(torch.tensor([2.0, 3.0, 0.0, 5.0])).tolist()
+    p = embedding.rank(torch.tensor([2.0, 3.0, 0.0, 5.0])).tolist()
     assert p == pytest.approx([ERFC[0], ERFC[1], ERFC[2], ERFC[3]], abs=1e-6)
 
 

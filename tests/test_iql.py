@@ -29,12 +29,12 @@ from reference import (
     check_update_is_finite,
     equal,
     forward,
+    guidance_metrics,
     make_constant,
     min_q,
     normalized,
     on_the_border,
     polyak,
-    r_in_metrics,
     same,
     scattered_agent,
     update_in_period,
@@ -61,7 +61,8 @@ NETWORKS = ("actor", "critic", "value")
 def make_agent(iql, **values):
     given = {"hidden_dim": 8, "actor_lr": 0.01, "qf_lr": 0.02, "vf_lr": 0.03, "offline_iterations": 6} | values
     agent = scattered_agent(iql.IQL, iql.TrainConfig(**given), 0.5)
-    agent.value.v[-1].bias.data.sub_(1.4)  # so that there are advantages of both signs
+    shift = 2.0 if agent.config.critic_layer_norm else 1.4  # so that there are advantages of both signs
+    agent.value.v[-1].bias.data.sub_(shift)
     return agent
 
 
@@ -93,11 +94,12 @@ def reference_update(values, memory, step, batch, config, guided, actor_lr):
     gradients, _ = backward(values, "value.v", path, -2 * (sides * advantage)[:, None] / n)
     adam(values, memory, gradients, step, config.vf_lr)
 
-    critic_loss, q_mean, critic_gradients = 0.0, 0.0, {}
+    critic_loss, q_mean, td_error, critic_gradients = 0.0, 0.0, 0.0, {}
     for head in ("critic.heads.0", "critic.heads.1"):
         path = forward(values, head, np.hstack([s, a]))
         error = path[-1][:, 0] - y
         critic_loss, q_mean = critic_loss + np.mean(error**2) / 2, q_mean + path[-1].mean() / 2
+        td_error += np.abs(error).mean() / 2
         critic_gradients |= backward(values, head, path, error[:, None] / n)[0]
     adam(values, memory, critic_gradients, step, config.qf_lr)
     polyak(values, config.tau)
@@ -118,17 +120,21 @@ def reference_update(values, memory, step, batch, config, guided, actor_lr):
     adam(values, memory, actor_gradients, step, actor_lr)
 
     metrics = {"value_loss": value_loss, "critic_loss": critic_loss, "actor_loss": actor_loss}
-    metrics |= {"v_mean": v_mean, "q_mean": q_mean, "actor_lr": actor_lr}
+    metrics |= {"v_mean": v_mean, "q_mean": q_mean, "td_error": td_error, "actor_lr": actor_lr}
     if guided:
-        metrics |= r_in_metrics(config.discount * (1 - d) * p * (v_off - v_next))
+        metrics |= guidance_metrics(config.discount * (1 - d) * p * (v_off - v_next), p, config.discount)
     return metrics, gradients | critic_gradients | actor_gradients, advantage, weights
 
 
 # --- One update
-@pytest.mark.parametrize("deterministic", [False, True], ids=["gaussian", "deterministic"])
+PLAIN = {"beta": 2.0, "critic_layer_norm": False}
+VARIANTS = {"gaussian": PLAIN, "deterministic": PLAIN | {"iql_deterministic": True}, "layer norm": {"beta": 20.0}}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("p", "dones", "guided", "guidance"), CASES.values(), ids=CASES)
-def test_two_updates_equal_the_formulas_in_numpy(iql, p, dones, guided, guidance, deterministic):
-    agent = make_agent(iql, beta=2.0, exp_adv_max=1.5, tau=0.1, iql_deterministic=deterministic)
+def test_two_updates_equal_the_formulas_in_numpy(iql, p, dones, guided, guidance, variant):
+    agent = make_agent(iql, exp_adv_max=1.5, tau=0.1, **VARIANTS[variant])
     batch = make_batch(iql, agent, p, dones)
     agent.guidance_weight.fill_(guidance)
     values, memory = values_of(agent), {}

@@ -3,6 +3,7 @@
 import ast
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -128,7 +129,8 @@ def test_summary_follows_from_the_metrics(finished):
     summary = json.loads((finished.folder / "summary.json").read_text())
     offline, online = (numbers(finished.folder, phase, "score") for phase in ("offline", "online"))
     assert summary["offline_score"] == offline[-1]
-    assert summary["final_score"] == online[-1]
+    assert summary["final_score"] == pytest.approx(np.mean(online[-5:])) and summary["last_score"] == online[-1]
+    assert math.isfinite(summary["train_score"])
     assert summary["best_score"] == max(online)
     assert summary["switch_drop"] == pytest.approx(offline[-1] - min(online))
     assert summary["regret"] == pytest.approx(1 - np.mean(online) / 100)

@@ -31,7 +31,7 @@ BOOKKEEPING = {
     *("group", "checkpoint_frequency", "log_frequency"),
 }
 # Fields that mean nothing without SAMG.
-SAMG_ONLY = rf"({'|'.join(COEFFICIENTS)}|fit|adapt|guidance)_.*|coefficient.*|p_threshold|mastered_share|refresh_.*"
+SAMG_ONLY = rf"({'|'.join(COEFFICIENTS)}|fit|adapt|guidance|p|refresh)_.*|coefficient.*|mastered_share"
 PAPER_STEPS = {1: 200_000, 2: 200_000, 3: 500_000}  # online steps of each of the paper's tables
 NEEDED = {"env", "dataset", "samg", "coefficient", "keep_offline_data", "offline_iterations", "online_iterations"}
 CURVES = ("score", "p_mean", "p_share")

@@ -56,7 +56,7 @@ ONLINE_ONLY = {
         "coefficient",
         "p_threshold",
     ),
-    *("coefficient_frequency", "refresh_offline_critic", "guidance_steps", "guidance_fade", "vae_mean_weight"),
+    *("coefficient_frequency", "refresh_offline_critic", "guidance_steps", "guidance_fade"),
     *("mastered_share", "adapt_iterations", "adapt_learning_rate", "adapt_hold", "adapt_max_drop"),
     *("expl_noise", "noise_clip", "cql_alpha_online", "mixing_ratio"),
 }
@@ -180,8 +180,8 @@ class Job:
     def steps(self) -> int:
         """Updates, online environment steps with one update each."""
         kind = self.algorithm.module.COEFFICIENTS[self.config.coefficient]
-        fit = getattr(kind, "ITERATIONS", "vae_iterations")
-        return getattr(self.config, fit if self.kind == "fit" else f"{self.kind}_iterations")
+        prefix = kind.PREFIX if self.kind == "fit" else f"{self.kind}_"
+        return getattr(self.config, f"{prefix}iterations")
 
     @property
     def label(self) -> str:
@@ -225,8 +225,8 @@ class Algorithm:
 
     def fit_fields(self) -> set[str]:
         """The fields that the fit of a coefficient looks at, and the offline phase does not, such as vae_iterations."""
-        prefixes = ("fit_", *(f"{kind}_" for kind in self.module.COEFFICIENTS))
-        return {name for name in self.fields if name.startswith(prefixes)} - ONLINE_ONLY
+        kinds = {kind for kind in self.module.COEFFICIENTS.values() if hasattr(kind, "fit_settings")}
+        return {name for kind in kinds for name in kind.fit_settings(dict.fromkeys(self.fields))}
 
 
 def plan(sweep: Sweep) -> list[Job]:
