@@ -497,6 +497,12 @@ def load_dataset(path: Path | str, env: Environment) -> tuple[np.ndarray, np.nda
     return (rows, returns) if len(rows) else fail(f"{path} has no transition whose next observation is known")
 
 
+def column_moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column, summed in float64: the 7 digits of float32 are too few for it."""
+    columns = [(column.mean(dtype=np.float64), column.std(dtype=np.float64)) for column in rows.T]
+    return tuple(np.array(columns).T)
+
+
 def reward_transform(env: Environment, episode_returns: np.ndarray, config: Any) -> tuple[float, float]:
     """CORL's reward normalisation as (scale, bias): rewards enter the buffers as scale * r + bias."""
     if not config.normalize_reward or env.family == "antmaze":
@@ -909,9 +915,9 @@ class CalibratedCoefficient(LearnedCoefficient):
     def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
         """One update on offline rows that are not held out; the step size falls linearly to 0 over all steps."""
         if self.training_rows is None:
-            states, actions = dataset.stored()[:2]
-            self.state_mean.copy_(states.mean(0)), self.state_std.copy_(states.std(0) + 1e-3)
-            self.action_mean.copy_(actions.mean(0)), self.action_std.copy_(actions.std(0) + 1e-3)
+            for name, columns in zip(("state", "action"), dataset.stored()):
+                mean, std = map(torch.from_numpy, column_moments(columns.cpu().numpy()))
+                getattr(self, f"{name}_mean").copy_(mean), getattr(self, f"{name}_std").copy_(std + 1e-3)
         loss = self.loss(self.draw(dataset))
         self.optimizers["fit"].param_groups[0]["lr"] = self.config.fit_learning_rate * (1 - step / self.fit_iterations)
         descend(self.optimizers, gradients(self.optimizers, {"fit": loss}))
@@ -1321,8 +1327,9 @@ class Run:
             self.dataset_checksum, states = checksum, rows[:, : self.env.obs_dim]
             self.reward_scale, self.reward_bias = reward_transform(self.env, returns, config)
             if config.normalize:
-                agent.obs_mean.copy_(torch.from_numpy(states.mean(0)))
-                agent.obs_std.copy_(torch.from_numpy(states.std(0) + 1e-3))
+                mean, std = column_moments(states)
+                agent.obs_mean.copy_(torch.from_numpy(mean))
+                agent.obs_std.copy_(torch.from_numpy(std + 1e-3))
         rewards = rows[:, self.env.obs_dim + self.env.act_dim]
         rewards[:] = self.reward_scale * rewards + self.reward_bias
         capacity = len(rows) + (config.online_iterations if self.keeps_offline_data else 0)

@@ -383,3 +383,10 @@ def test_a_seed_gives_the_same_hopper_episode_in_every_environment_object(awac):
     assert np.array_equal(episode(first, 3), expected) and np.array_equal(episode(second, 3), expected)
     config = awac.TrainConfig(normalize_reward=True)
     assert awac.reward_transform(first, np.array([0.0, 2000.0]), config) == (0.5, 0.0)
+
+
+def test_statistics_of_a_million_rows_far_from_zero_are_right(awac):
+    rows = np.random.default_rng(0).normal(1000, 1, (1_000_000, 2)).astype(np.float32)
+    mean, std = awac.column_moments(rows)
+    np.testing.assert_allclose(mean, 1000, atol=0.01)
+    np.testing.assert_allclose(std, 1, atol=0.01)
