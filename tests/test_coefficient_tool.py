@@ -12,7 +12,17 @@ from conftest import ROOT, load_module, write_dataset
 MINI = ROOT / "data" / "hopper-medium-mini.hdf5"
 SMALL = ("--rows", 3000, "--set", "vae_iterations=60", "vae_hidden_dim=16", "batch_size=32", "adapt_iterations=5")
 SMALL += ("p_threshold=0.45", "device=cpu")
-KEYS = {"auroc", "p_threshold", "share_above_threshold", "ks_uniform", "p_mean", "kl", "reconstruction", "collapsed"}
+KEYS = {
+    "auroc",
+    "p_threshold",
+    "share_above_threshold",
+    "shares",
+    "ks_uniform",
+    "p_mean",
+    "kl",
+    "reconstruction",
+    "collapsed",
+}
 KEYS |= {"fit_seconds", "row_microseconds", "row_microseconds_batch", "adapt"}
 
 

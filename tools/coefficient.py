@@ -50,6 +50,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 KINDS = ("random_action", "shuffled_action", "shifted_state", "other_level")
+LEVELS = (0.2, 0.5, 0.6, 0.7, 0.8)  # at which the share of held-out rows is counted, beside the threshold
 STRETCHES = 50  # of consecutive rows; one of each ten is held out
 MEASURED_ROWS = 10_000  # of each kind at most
 LATENT_ROWS = (600, 150)  # in a t-SNE: held out, and of each other kind
@@ -271,9 +272,11 @@ def fit(coefficient: Any, training: Any, label: str) -> float:
     return time.perf_counter() - start
 
 
-def measure_adaptation(module: ModuleType, config: Any, data: Data, coefficient: Any, p: dict) -> tuple[dict, Any]:
+def measure_adaptation(
+    module: ModuleType, config: Any, data: Data, coefficient: Any, p: dict, threshold: float
+) -> tuple[dict, Any]:
     """One adaptive update, under the run's threshold: its report, and the mastered rows' AUROC after it."""
-    held_out, threshold = data.held_out.stored(), config.p_threshold
+    held_out = data.held_out.stored()
     inside = {kind: torch.from_numpy(p[kind] >= threshold) & torch.from_numpy(p[kind] > 0) for kind in p}
     known = held_out._replace(p=torch.from_numpy(p["held_out"]).to(held_out.p)).select(inside["held_out"])
     for pool in [kind for kind in ("other_level", "random_action") if kind in data.others]:
@@ -320,8 +323,11 @@ def measure(module: ModuleType, entry: Entry, data: Data, seed: int) -> Measured
     """Fit one coefficient, unless it is from a checkpoint, and measure it."""
     torch.manual_seed(seed)
     config = entry.config
-    coefficient = build(module, dataclasses.replace(config, p_threshold=0.0), data, entry.state)
+    coefficient = build(module, config, data, entry.state)
     seconds = None if entry.state else fit(coefficient, data.training, entry.label)
+    by_share = config.p_share and coefficient.fit_iterations
+    threshold = coefficient.share_threshold.item() if by_share else config.p_threshold
+    coefficient.config = dataclasses.replace(config, p_threshold=0.0, p_share=0.0)  # from here on without threshold
     held_out = data.held_out.stored()
     p = {kind: coefficient_of(coefficient, rows) for kind, rows in ({"held_out": held_out} | data.others).items()}
     metrics = fit_metrics(coefficient, data.held_out)
@@ -329,8 +335,9 @@ def measure(module: ModuleType, entry: Entry, data: Data, seed: int) -> Measured
         fail(f"{entry.label}: its losses or p are not finite, training has diverged; try a smaller learning rate")
     result = {
         "auroc": {kind: auroc(p["held_out"], p[kind]) if kind in p else None for kind in KINDS} | {"mastered": None},
-        "p_threshold": config.p_threshold,
-        "share_above_threshold": share_above(p["held_out"], config.p_threshold),
+        "p_threshold": threshold,
+        "share_above_threshold": share_above(p["held_out"], threshold),
+        "shares": {str(level): share_above(p["held_out"], level) for level in LEVELS},
         "ks_uniform": float(kstest(p["held_out"], "uniform").statistic),
         "p_mean": float(p["held_out"].mean()),
         "kl": metrics.get("vae_kl"),
@@ -342,7 +349,9 @@ def measure(module: ModuleType, entry: Entry, data: Data, seed: int) -> Measured
         "adapt": None,
     }
     if coefficient.adaptive:
-        result["adapt"], result["auroc"]["mastered"] = measure_adaptation(module, config, data, coefficient, p)
+        result["adapt"], result["auroc"]["mastered"] = measure_adaptation(
+            module, config, data, coefficient, p, threshold
+        )
     return Measured(result, p, pick_latents(coefficient, data))
 
 
@@ -354,13 +363,15 @@ def number(value: float | None, form: str = ".3f") -> str:
 def tables(results: dict[str, dict]) -> str:
     """Markdown: one table of the coefficients, one of their adaptive updates, and what must be said in words."""
     head = "random action|shuffled action|shifted state|other level|mastered|share p ≥ p_m|KS|mean p|KL|reconstruction"
+    head += f"|share p ≥ {', '.join(map(str, LEVELS))}"
     head = f"coefficient|{head}|fit s|µs/row|µs/row of 256"
     lines = ["AUROC of p against the pairs named, then p of held-out rows and costs:", ""]
     lines += [f"| {head.replace('|', ' | ')} |", "| --- " + "| ---: " * head.count("|") + "|"]
     for label, row in results.items():
         cells = [label, *(number(row["auroc"][kind]) for kind in (*KINDS, "mastered"))]
         cells += [number(row[name]) for name in ("share_above_threshold", "ks_uniform", "p_mean")]
-        cells += [number(row["kl"], ".2g"), number(row["reconstruction"], ".3g"), number(row["fit_seconds"], ".1f")]
+        cells += [number(row["kl"], ".2g"), number(row["reconstruction"], ".3g")]
+        cells += [" ".join(number(share, ".2f") for share in row["shares"].values()), number(row["fit_seconds"], ".1f")]
         cells += [number(row[name], ".1f") for name in ("row_microseconds", "row_microseconds_batch")]
         lines.append(f"| {' | '.join(cells)} |")
     updates = {label: row["adapt"] for label, row in results.items() if row["adapt"]}
