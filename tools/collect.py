@@ -1,6 +1,7 @@
 """Make a data set in D4RL's raw HDF5 layout from small policies that ship with the project, without training anything.
 
     python tools/collect.py hopper-medium                                # as many rows as D4RL's, hopper-medium-v2.hdf5
+    python tools/collect.py walker2d-medium --rows 20000 --simulator Walker2d-v4   # on Gymnasium's own physics
     python tools/collect.py antmaze-umaze --rows 100000 --seed 1 --workers 4 --output antmaze.hdf5
     python tools/collect.py door-human --demonstrations door-v0_demos.pickle
 
@@ -39,6 +40,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -92,6 +94,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="steps to collect (default: as many as D4RL's file has)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="HDF5 file to write; must not exist (default: <D4RL's name>.hdf5)")
+    parser.add_argument(
+        "--simulator", metavar="ID", help="locomotion: Gymnasium id to collect on instead of the task's"
+    )
     parser.add_argument("--policies", type=Path, default=ROOT / "data/policies", help="folder (default: the project's)")
     parser.add_argument("--demonstrations", type=Path, metavar="FILE", help="Adroit: what to replay")
     parser.add_argument("--workers", type=int, default=2, help="processes (default: %(default)s)")
@@ -114,6 +119,9 @@ def parse_args() -> argparse.Namespace:
     elif args.rows is None:
         args.rows = D4RL_ROWS.get(args.level, 1_000_000)
         args.rows = REPLAY_ROWS[args.robot] if args.level == "medium-replay" else args.rows
+    if args.simulator and args.family != "locomotion":
+        fail(f"--simulator has no use for {args.task}: it is for hopper, halfcheetah and walker2d")
+    args.simulator = args.simulator or args.task
     for name in ("rows", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             fail(f"--{name} must be at least 1")
@@ -140,7 +148,7 @@ def read_policies(args: argparse.Namespace) -> tuple[Path | None, list[tuple[int
     """The policy file; [(policy, rows in all up to which it acts)], policy None for random actions; their facts."""
     if args.level == "random":
         return None, [(None, args.rows)], {"policies": "uniformly random actions"}
-    path, sizes = args.policies / f"{'ant' if args.family == 'antmaze' else args.robot}.npz", make_env(args.task)
+    path, sizes = args.policies / f"{'ant' if args.family == 'antmaze' else args.robot}.npz", make_env(args.simulator)
     try:
         actors, scores = load_policies(path)
         for actor in actors:
@@ -168,7 +176,12 @@ def make_env(task: str) -> gymnasium.Env:
     mujoco.set_mju_user_warning(lambda message: tqdm.write(f"MuJoCo: {message}"))  # else it writes MUJOCO_LOG.TXT
     if task.startswith("antmaze"):
         return antmaze.AntMazeEnv(d4rl_envs.TASKS[task][2]["maze"], ends_at_goal=False)
-    return gymnasium.make(task, disable_env_checker=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
+            return gymnasium.make(task, disable_env_checker=True)
+    except gymnasium.error.Error as error:
+        fail(f"cannot make the simulator {task!r}: {error}")
 
 
 read_actors = cache(lambda path: load_policies(path)[0])  # once a process
@@ -406,7 +419,7 @@ def collect(args: argparse.Namespace, blocks: Blocks, policies: Path | None, sta
             rows = blocks.rows
             if rows >= until:
                 continue
-            function = partial(run_episode, args.task, policies, policy, args.seed)
+            function = partial(run_episode, args.simulator, policies, policy, args.seed)
             for episode in in_order(pool, 2 * args.workers, function, itertools.count(blocks.episodes)):
                 episodes.append(episode)
                 rows += len(episode["rewards"])
@@ -483,7 +496,7 @@ def finish(args: argparse.Namespace, columns: dict, attributes: dict[str, Any], 
 
 
 def make(args: argparse.Namespace) -> None:
-    attributes = {"note": NOTE, "task": args.task, "seed": args.seed}
+    attributes = {"note": NOTE, "task": args.task, "simulator": args.simulator, "seed": args.seed}
     versions = {f"{module.__name__}_version": module.__version__ for module in (gymnasium, mujoco, np)}
     if args.family == "adroit":
         columns, n_demos = replay(args)
@@ -495,7 +508,8 @@ def make(args: argparse.Namespace) -> None:
     policies, stages, about = read_policies(args)
     folder = args.output.with_name(f"{args.output.name}.part")
     try:
-        blocks = Blocks(folder, {"task": args.task, "rows": args.rows, "seed": args.seed, **about, **versions})
+        asked = {"task": args.task, "simulator": args.simulator, "rows": args.rows, "seed": args.seed}
+        blocks = Blocks(folder, {**asked, **about, **versions})
         collect(args, blocks, policies, stages)
     except OSError as error:
         fail(f"cannot keep rows in {folder}: {error}; once that is put right, the same command goes on")
