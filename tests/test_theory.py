@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import load_module
+from scipy import stats
 
 EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
@@ -122,3 +123,17 @@ def test_td_from_sampled_transitions_converges_to_the_fixed_point(theory, share)
     errors = np.abs(theory.stochastic_td(problem, q_off, p, 20_000) - point).max(axis=1)
     means = [errors[start : 2 * start].mean() for start in (10, 100, 1000, 10_000)]
     assert all(later < 0.6 * earlier for earlier, later in zip(means, means[1:])) and means[-1] < 0.05
+
+
+# --- The horizon (docs/learning.md)
+@pytest.mark.parametrize("p", [0.0, 0.03, 0.44])
+def test_of_a_change_k_steps_ahead_1_minus_p_to_the_k_arrives_and_with_refreshes_a_binomial_share(theory, p):
+    k, found = np.arange(41), theory.arrival(40, p, 0.99, 12)
+    np.testing.assert_allclose(found[0], (1 - p) ** k, **EXACT)
+    for refreshes, shares in enumerate(found):  # of k steps, at most so many go through Q_off
+        np.testing.assert_allclose(shares, stats.binom.cdf(refreshes, k, p), **EXACT)
+
+
+def test_the_horizon_is_the_summed_weight_of_all_rewards_ahead(theory):
+    found = theory.arrival(5000, 0.44, 0.99, 0)[0] * 0.99 ** np.arange(5001)
+    assert found.sum() == pytest.approx(1 / (1 - 0.99 * 0.56)) == pytest.approx(2.244, abs=1e-3)

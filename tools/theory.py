@@ -1,6 +1,7 @@
 """SAMG's target on a tabular MDP that is solved exactly: docs/theory.md's statements, as functions and as a picture.
 
     python tools/theory.py --output docs/theory.png
+    python tools/theory.py --horizon --output docs/horizon.png   # docs/learning.md: how far ahead the target looks
 
 tests/test_theory.py proves the statements with these functions. Needs requirements-dev.txt.
 """
@@ -57,6 +58,18 @@ def refreshed(problem: Problem, q_off: np.ndarray, p: np.ndarray, n_refreshes: i
     return critics
 
 
+def arrival(n_steps: int, p: float, gamma: float, n_refreshes: int) -> np.ndarray:
+    """How much has arrived of a change of the reward k = 0, ..., n_steps steps ahead, after 0, ..., n_refreshes.
+
+    Shares, (1 + n_refreshes, 1 + n_steps), of what arrives without guidance, gamma^k; Q is the fixed point each time.
+    On a chain of n_steps + 1 states and one action: the last one's reward has risen from 0 to 1, and leads to an end.
+    """
+    n = n_steps + 1
+    change = Problem(np.eye(n, k=1), np.append(np.zeros(n_steps), 1.0), gamma)
+    critics = refreshed(change, np.zeros(n), np.full(n, p), n_refreshes + 1)[1:]
+    return np.array(critics)[:, ::-1] / gamma ** np.arange(n)
+
+
 def stochastic_td(problem: Problem, q_off: np.ndarray, p: np.ndarray, n_sweeps: int, seed: int = 0) -> np.ndarray:
     """TD learning of SAMG's target from sampled transitions, all pairs a sweep. Returns Q after each, (n_sweeps, n).
 
@@ -106,10 +119,30 @@ def draw(path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def draw_horizon(path: Path, n_steps: int = 150, gamma: float = 0.99) -> None:
+    """How much of a change arrives, over its distance and over the refreshes of Q_off."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for colour, p in enumerate((0.01, 0.03, 0.1, 0.44)):
+        horizon = 1 / (1 - gamma * (1 - p))
+        found = arrival(n_steps, p, gamma, 60)
+        left.plot(found[0], color=f"C{colour}", label=f"p = {p}: horizon {horizon:.3g} steps")
+        right.plot(found[:, 100], color=f"C{colour}", label=f"p = {p}")
+    left.set_xlabel("steps between the row and the change of the reward")
+    left.set_ylabel("share that arrives, Q_off as it was")
+    right.set_xlabel("refreshes of Q_off")
+    right.set_ylabel("share that has arrived over 100 steps")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="picture to write, such as theory.png")
-    draw(parser.parse_args().output)
+    parser.add_argument("--horizon", action="store_true", help="draw how far ahead the target looks instead")
+    args = parser.parse_args()
+    (draw_horizon if args.horizon else draw)(args.output)
 
 
 if __name__ == "__main__":
