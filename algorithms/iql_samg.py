@@ -90,7 +90,7 @@ class TrainConfig:
     keep_offline_data: bool = True  # only for samg false: fine-tune on offline and online rows; false: online rows only
     coefficient: str = "vae"  # p(s, a): vae, static, likelihood, rnd, embedding, even, random, none (see the classes)
     p_threshold: float = 0.6  # p_m, Eq. (4): below it p is 0; not read where p_share is set
-    p_share: float = 0.0  # dose of guidance: above 0, p_m is what this share of held-out offline rows reaches [ours]
+    p_share: float = 0.05  # dose of guidance: above 0, p_m is what this share of held-out offline rows reaches [ours]
     coefficient_frequency: int = 10_000  # online steps between adaptive updates (Appendix B.1.4)
     refresh_offline_critic: bool = True  # copy V into V_off then (Algorithm 1, line 18, with V for Q) [ours]
     guidance_steps: int = 0  # online steps after which the guidance ends; 0: never [ours]
