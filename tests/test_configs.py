@@ -67,11 +67,13 @@ CORL["calql"] = CORL["cql"] | {  # which has no Cal-QL on locomotion: CQL's valu
 SIMPLE = {"vae_simple_decoder": True}
 PAPER = {
     "all": {"offline_iterations": 1_000_000, "online_iterations": 200_000, "warmup_steps": 2_000, "p_threshold": 0.6}
-    | {"buffer_size": 20_000, "coefficient_frequency": 10_000, "mastered_share": 0.1, "vae_simple_decoder": False},
+    | {"buffer_size": 20_000, "coefficient_frequency": 10_000, "mastered_share": 0.1, "vae_simple_decoder": False}
+    | {"critic_layer_norm": False},  # as CORL
     "antmaze": {"buffer_size": 50_000},
 } | {name: SIMPLE for name in FAMILIES["locomotion"] if not name.startswith("halfcheetah")}
 RARE = {"eval_frequency": 20_000}
 CQL_OURS = {"all": {"guidance_steps": 100_000, "refresh_offline_critic": False}}
+DOSE = {"p_share": 0.05, "vae_tail": "joint", "coefficient": "vae"}
 OURS = {
     "awac": {"locomotion": {"eval_frequency": 5_000}, "antmaze": RARE},
     "iql": {"all": {"exp_adv_max": 100}, "antmaze": RARE},
@@ -120,6 +122,7 @@ def test_values_are_corls_the_papers_or_listed_as_ours(load, algorithm, name):
     for table in (CORL[algorithm], PAPER, OURS[algorithm]):
         for key in ("all", family, name):
             expected |= table.get(key, {})
+    expected |= DOSE
     assert {key: getattr(config, key) for key in expected} == expected
 
 
