@@ -41,11 +41,13 @@ def make_run(request, tmp_path):
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         with open(folder / "metrics.csv", "w") as file:
-            file.write("step,phase,critic_loss,score,p_mean,p_share\n")
+            file.write("step,phase,critic_loss,td_error,guidance_size,horizon,score,p_mean,p_share\n")
             for i, score in enumerate(scores):
-                file.write(f"{1000 * i + 500},online,1.0,,0.5,0.75\n{1000 * i + 1000},online,1.0,{score},0.5,0.75\n")
+                for step, shown in ((500, ""), (1000, score)):
+                    file.write(f"{1000 * i + step},online,1.0,0.5,0.2,20.0,{shown},0.5,0.75\n")
         if finished:
-            summary = {"offline_score": offline_score, "final_score": scores[-1], "best_score": max(scores)}
+            summary = {"offline_score": offline_score, "final_score": np.mean(scores[-5:]), "last_score": scores[-1]}
+            summary |= {"train_score": np.mean(scores[-5:]) - 5, "best_score": max(scores)}
             summary |= {"switch_drop": offline_score - min(scores), "regret": 1 - np.mean(scores) / 100}
             summary |= {"train_return": 1.0, "train_regret": 0.5, "peak_memory_mb": 100.0 + config["seed"]}
             summary["seconds"] = {"offline": 10.0, "coefficient": 1.0, "evaluation": 3}
@@ -97,6 +99,24 @@ def table(runs, tables, all_arms):
     return make
 
 
+@pytest.fixture
+def page(run_report, tmp_path):
+    """page(): report.html of the tree, as {section's id: its text}; what a closed switch hides is cut out."""
+
+    def make():
+        run_report()
+        text = (tmp_path / "out/report.html").read_text()
+        shown = re.sub("</summary>.*?</details>", "</summary></details>", text, flags=re.S)
+        return dict(re.findall(r'<h2 id="(\w+)">(.*?)(?=<h2|</main>)', shown, re.S))
+
+    return make
+
+
+def columns(section):
+    """The heads of its tables."""
+    return re.findall(r"<th[^>]*>([^<]+)</th>", section)
+
+
 # --- The paper's figures
 def test_the_papers_figures_are_there(runs):
     paper = runs.read_paper()
@@ -141,7 +161,7 @@ def test_runs_that_did_not_finish_are_shown_and_not_averaged(make_run, table, ar
     make_run(20, seed=1)
     make_run(1000, seed=2, finished=False)
     with open(make_run(1000, seed=3) / "metrics.csv", "a") as file:
-        file.write("2000,online,nan,1000,0.5,0.5\n")
+        file.write("2000,online,nan,0.5,0.2,20.0,1000,0.5,0.5\n")
     error = make_run(1000, seed=4, finished=False) / "error.txt"
     error.write_text("Traceback\n\nerror: out of memory\n\n")
     for seed in range(6):
@@ -196,6 +216,97 @@ def test_runs_of_different_configurations_are_not_averaged(make_run, table, arms
     assert "Hopper-v4" not in {task for task, _, _ in cells}
     make_run(30, seed=1, samg=False)
     assert str(table(1)[1]["Hopper-v4", "these runs", "AWAC SAMG"]).startswith("none (0/2: configurations differ")
+
+
+# --- What the page shows first
+MAIN = ["arm", "seeds", "final score", "last score", "train score", "offline score", "regret"]
+
+
+def test_results_and_curves_come_first_with_the_mean_of_the_last_five_beside_the_last(make_run, page, tmp_path):
+    make_run(0, 10, 20, 30, 40, 70, seed=0)
+    make_run(0, 30, 40, 50, 60, 90, seed=1)
+    sections = page()
+    assert list(sections)[:2] == ["results", "curves"] and list(sections).index("paper") > 2
+    assert columns(sections["results"]) == MAIN  # all that fits a screen; the switch shows the others
+    (row,) = re.findall(r'<tr class="first">(.*?)</tr>', sections["results"])
+    # means of the last five: 34 and 54; the last ones: 70 and 90; sqrt(2 * 10^2) = 14.1
+    texts = [text.replace("\N{NO-BREAK SPACE}", " ") for text in re.findall("<td[^>]*>([^<]*)", row)]
+    assert texts[:5] == ["awac-samg", "2", "44.0 ± 14.1", "80.0 ± 14.1", "39.0 ± 14.1"]
+    (record,) = csv.DictReader(io.StringIO((tmp_path / "out/tables/results.csv").read_text()))
+    assert (record["final_score"], record["last_score"], record["train_score"]) == ("44.0", "80.0", "39.0")
+    assert {"best_score", "switch_drop", "train_regret"} <= record.keys()
+
+
+def test_summaries_without_the_last_and_the_train_score_have_a_dash(make_run, tables, all_arms):
+    for name, seeds, without in (("awac-old", (0, 1), ("last_score", "train_score")), ("awac-some", (0,), ())):
+        for seed in seeds:
+            file = make_run(10 + seed, name=name, seed=seed) / "summary.json"
+            summary = json.loads(file.read_text())
+            file.write_text(json.dumps({key: value for key, value in summary.items() if key not in without}))
+    file = make_run(30, name="awac-some", seed=1) / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"train_score": None}))  # no training episode ended
+    made = tables.results(all_arms())
+    names = [head for head, _ in made.heads]
+    old, some = ({name: str(cell) for name, cell in zip(names, row)} for row in made.rows)
+    assert (old["final score"], old["last score"], old["train score"]) == ("10.5 ± 0.7", "–", "–")
+    assert (some["last score"], some["train score"]) == ("20.0 ± 14.1", "5.0 (1)")
+    assert made.notes == ["Older runs, whose final score is the last evaluation alone: Hopper-v4 awac-old."]
+
+
+def test_the_papers_tables_hold_what_has_runs_until_a_switch_shows_the_rest(make_run, page, run_report, tmp_path):
+    make_run(10, env="hopper-medium-v2")
+    make_run(20, env="antmaze-umaze-v2", samg=False)
+    make_run(30, env="walker2d-medium-v2", algorithm="iql")
+    paper = page()["paper"]
+    first, second, third = re.split('id="table[23]"', paper)
+    shown = re.findall('<td class="name stick"[^>]*>([^<]*)', first)
+    assert shown == ["hopper-medium-v2", "walker2d-medium-v2", "antmaze-umaze-v2"]
+    pair = ["Vanilla", "SAMG"]
+    assert columns(first) == ["task", "AWAC", "IQL", *pair, *pair]  # not those that nobody ran
+    assert "<table" not in second and "no runs on its tasks" in second
+    assert "antmaze-umaze-v2" in third and columns(third)[:2] == ["task", "AWAC"]
+    text = (tmp_path / "out/report.html").read_text()
+    assert text.count("<details") == text.count("</details>") == 4 and "relocate-binary-v0" in text
+    for name, rows in (("table1", 180), ("table2", 36)):  # the files are complete
+        lines = (tmp_path / f"out/tables/{name}.csv").read_text().splitlines()
+        assert len(lines) == 1 + rows and "relocate-binary-v0" in (tmp_path / f"out/tables/{name}.md").read_text()
+    printed = run_report()
+    assert "antmaze-umaze-v2" in printed and "relocate-binary-v0" not in printed and "EDIS" not in printed
+
+
+def test_without_a_run_on_their_tasks_the_papers_tables_are_closed_under_one_line(make_run, page):
+    for seed in range(5):
+        make_run(10, seed=seed)
+    paper = page()["paper"]
+    assert "No run is on a task of the paper's tables." in paper
+    assert "<table" not in paper and paper.count("<summary>") == 3 and "missing" not in paper
+
+
+def test_the_best_of_what_a_row_shows_is_bold(make_run, runs, tables, all_arms):
+    make_run(10, env="hopper-medium-replay-v2", algorithm="iql")
+    for only_found, best in ((False, "108.3 ± 0.2"), (True, "100.4 ± 0.9")):  # AWAC's; IQL's
+        made = tables.paper_table(1, all_arms(), runs.read_paper(), only_found)
+        row = next(i for i, row in enumerate(made.rows) if row[0].text == "hopper-medium-replay-v2")
+        assert [cell.text for cell in made.rows[row + 1] if cell.bold] == [best]
+
+
+def test_an_arm_looks_the_same_in_every_figure(make_run, all_arms, report):
+    names = ("fade", "kept", "likelihood", "none", "samg-0.6", "samg-share-0.05", "samg-share-0.2")
+    for env, some in (("Hopper-v4", names), ("Walker2d-v4", names[2:4])):
+        for algorithm in ("awac", "iql"):
+            for name in some:
+                make_run(10, env=env, algorithm=algorithm, name=f"{algorithm}-{name}")
+    arms = all_arms()
+    look = report.figures.styles(arms, arms)
+    assert sorted(look) == sorted(names) and len({style["color"] for style in look.values()}) == 7
+    some = [arm for arm in arms if (arm.env, arm.algorithm) == ("Walker2d-v4", "iql")]
+    assert report.figures.styles(some, arms)["none"] == look["none"]
+    for i in range(6):  # more names than colours: those of a figure are told apart
+        make_run(10, env="Ant-v4", name=f"awac-{i}")
+    arms = all_arms()
+    assert set(report.figures.styles(some, arms)) == {"likelihood", "none"}
+    looks = report.figures.styles(arms, arms).values()
+    assert len(arms) == 24 and len({tuple(style.values()) for style in looks}) == len(looks) == 13
 
 
 # --- Trees
@@ -348,7 +459,7 @@ def test_the_same_runs_give_the_same_bytes_and_a_page_of_its_own(make_run, run_r
     assert all(link.startswith(("#", "data:image/png")) for link in re.findall(r'(?:src|href)="([^"]*)', page))
     assert not re.search(r"<(script|link|iframe)|url\(|@import", page)
     targets = set(re.findall(r'href="#([^"]*)', page))
-    assert targets <= set(re.findall(r'id="([^"]*)', page)) and {"table1", "curves", "commands"} <= targets
+    assert targets <= set(re.findall(r'id="([^"]*)', page)) and {"results", "curves", "paper", "commands"} <= targets
     assert "&lt;b&gt;&amp;-v0" in page and "<b>&-v0" not in page
     assert f"python tools/report.py {tmp_path / 'runs'}\n" in page
 

@@ -3,9 +3,9 @@
     python tools/report.py runs --output report
 
 Reads every run below the folder, <env>/<name>-seed<seed>, however deep, and writes report.html (all of it, nothing from
-elsewhere), tables/*.md, *.tex and *.csv, and figures/*.png; prints the tables of what was found. Runs that differ in
-the seed only are one arm. Only finished runs are averaged; all others are listed. The same runs give the same bytes.
-Needs requirements-dev.txt.
+elsewhere), tables/*.md, *.tex and *.csv, and figures/*.png; prints the tables of what was found. The page shows first
+what was run, and more at a click; the files are complete. Runs that differ in the seed only are one arm. Only finished
+runs are averaged; all others are listed. The same runs give the same bytes. Needs requirements-dev.txt.
 """
 
 import argparse
@@ -31,12 +31,12 @@ def draw(arms: list[Arm]) -> dict[str, list[tuple[str, str, bytes]]]:
     for algorithm in dict.fromkeys(arm.algorithm for arm in arms if arm.normalized):
         text = f"Performance profiles, {algorithm}: share of runs with a final score above τ, with 95 % bootstrap bands"
         mine = [arm for arm in arms if arm.algorithm == algorithm]
-        drawn["aggregates"].append((f"performance-profiles-{algorithm}", text, figures.profiles(mine)))
+        drawn["aggregates"].append((f"performance-profiles-{algorithm}", text, figures.profiles(mine, arms)))
     for env, algorithm in dict.fromkeys((arm.env, arm.algorithm) for arm in arms):
         mine = [arm for arm in arms if (arm.env, arm.algorithm) == (env, algorithm)]
         if any("score" in run.curves for arm in mine for run in arm.runs):
-            text = f"{env}, {algorithm or 'unknown algorithm'}: evaluations online, from the offline score at step 0"
-            drawn["curves"].append((f"curves-{env}-{algorithm}", text, figures.curves(mine)))
+            text = f"{env}, {algorithm or 'unknown algorithm'}"
+            drawn["curves"].append((f"curves-{env}-{algorithm}", text, figures.curves(mine, arms)))
     for (algorithm, field), groups in one_field_apart(arms).items():
         for normalized in (True, False):
             some = [pair for pair in groups if all(arm.normalized == normalized for _, arm in pair[1])]
@@ -78,11 +78,14 @@ def commands(root: str, arms: list[Arm]) -> list[str]:
     return lines
 
 
-def page(root: str, runs: list[Run], arms: list[Arm], made: list[tables.Table], drawn: dict) -> str:
+def page(root: str, runs: list[Run], arms: list[Arm], made: list[tables.Table], found: dict, drawn: dict) -> str:
+    """The page; `found` holds what it shows at first of the results and the paper's tables, by name."""
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     env = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     env.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    facts = {"runs": runs, "envs": sorted({run.env for run in runs}), "resamples": RESAMPLES, "figures": drawn}
+    env.filters["unbroken"] = lambda text: re.sub(r"(?<=[±,]) ", "\N{NO-BREAK SPACE}", text)
+    facts = {"runs": runs, "envs": sorted({run.env for run in runs}), "resamples": RESAMPLES}
+    facts |= {"found": found, "figures": drawn}
     facts |= {"n_arms": sum(not arm.offline_only for arm in arms), "tables": {table.name: table for table in made}}
     facts |= {"finished": sum(run.state == "finished" for run in runs), "exceptions": exceptions(runs, arms)}
     return env.get_template("report.html.j2").render(facts, commands=commands(root, arms))
@@ -104,8 +107,12 @@ def main() -> None:
     arms = [arm for arm in everything if not arm.offline_only]
     made = [tables.results(arms), *(tables.paper_table(n, arms, paper) for n in (1, 2, 3))]
     made += [tables.aggregates(arms), tables.costs(everything)]
+    found = {f"table{n}": tables.paper_table(n, arms, paper, only_found=True) for n in (1, 2, 3)}
+    tasks = {(f"table{n}", task) for n, task, _ in paper}
+    first = {name: it for name, it in found.items() if any((name, row[0].text) in tasks for row in it.rows)}
+    first["results"] = tables.results(arms, every=False)
     drawn = draw(arms) | {"costs": draw_costs(everything)}
-    files = {"report.html": page(args.runs, runs, everything, made, drawn).encode()}
+    files = {"report.html": page(args.runs, runs, everything, made, first, drawn).encode()}
     for table in made:
         for ending, text in (("md", tables.to_markdown), ("tex", tables.to_latex), ("csv", tables.to_csv)):
             files[f"tables/{table.name}.{ending}"] = text(table).encode()
@@ -119,8 +126,7 @@ def main() -> None:
     except OSError as error:
         fail(f"cannot write to {args.output}: {error}")
 
-    shown = [made[0], *(tables.paper_table(n, arms, paper, only_found=True) for n in (1, 2, 3))]
-    print("\n".join(tables.to_markdown(table) for table in shown if table.rows))
+    print("\n".join(tables.to_markdown(table) for table in (made[0], *found.values()) if table.rows))
     if left_out := exceptions(runs, everything):
         print("\n".join(["Remarks:", *(f"- {name}: {state}: {detail}" for name, state, detail in left_out)]))
     print(f"\n{args.output / 'report.html'}: {len(runs)} runs, {len(arms)} arms, {len(files)} files")

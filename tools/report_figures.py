@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#555555", "#000000")
+MARKERS = "os^DvPX"  # a colour comes with another marker each time round
 WIDTH = 5.6  # inches: legible on a phone
 
 
@@ -36,42 +37,59 @@ def add_legend(figure: Any, axes: Any) -> None:
     """Below the axes, where it hides no curve."""
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        columns = 1 if max(map(len, labels)) > 28 else 2
+        longest = max(map(len, labels))
+        columns = 1 if longest > 28 else 2 if longest > 15 else 3
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
+def styles(arms: list[Arm], everywhere: list[Arm]) -> dict[str, dict[str, str]]:
+    """Colour and marker by short label: the same in all figures, unless there are more labels than colours."""
+    names = {arm.short for arm in everywhere}
+    names = sorted(names if len(names) <= len(COLOURS) else {arm.short for arm in arms})
+    pairs = [(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for i in range(len(names))]
+    return {name: {"color": colour, "marker": marker} for name, (colour, marker) in zip(names, pairs)}
+
+
 # --- One environment
-def curves(arms: list[Arm]) -> bytes:
-    """Score over online steps of the arms of one algorithm and environment, and below it p in the buffer."""
+def curves(arms: list[Arm], everywhere: list[Arm]) -> bytes:
+    """Score over online steps of the arms of one algorithm and environment, and below it p in the buffer.
+
+    `everywhere` are all arms of the report, for the colours.
+    """
+    look = styles(arms, everywhere)
     guided = [arm for arm in arms if arm.config.get("samg") and any("p_mean" in run.curves for run in arm.runs)]
     rows = 2 if guided else 1
-    height = 3.4 + 1.7 * (rows - 1) + 0.2 * len(arms)
+    height = 3.6 + 1.6 * (rows - 1) + 0.2 * math.ceil(len(arms) / 2)
     figure, grid = new_figure(rows, 1, height, height_ratios=(5, 3)[:rows], sharex=True)
     top, bottom = grid[0, 0], grid[-1, 0]
-    for i, arm in enumerate(arms):
-        colour = COLOURS[i % len(COLOURS)]
+    for arm in arms:
+        colour = look[arm.short]["color"]
         steps, scores = mean_curve(arm, "score")
         start = arm.values("offline_score")
         if len(start) == scores.shape[-1] and len(start):
             steps, scores = np.append(0, steps), np.vstack((start, scores))
         if len(steps):
-            top.plot(steps, scores.mean(-1), color=colour, label=f"{arm.label} (seeds: {arm.seeds_text()})")
+            every = max(1, len(steps) // 8)
+            label = f"{arm.short} ({arm.seeds_text()})"
+            top.plot(steps, scores.mean(-1), label=label, markersize=5, markevery=every, **look[arm.short])
             low, high = interval([scores], mean_of_one)
-            top.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+            top.fill_between(steps, low, high, color=colour, alpha=0.2 if len(arms) < 4 else 0.1, linewidth=0)
         for run in arm.runs:
             if run not in arm.counted and "score" in run.curves and len(run.curves["score"][0]):
-                label = f"{arm.label} seed {run.seed}: {run.state if not arm.differing else 'not counted'}"
+                label = f"{arm.short} seed {run.seed}: {run.state if not arm.differing else 'not counted'}"
                 top.plot(*run.curves["score"], color=colour, linestyle=":", linewidth=1, label=label)
         if arm in guided:
             for column, style in (("p_mean", "-"), ("p_share", "--")):
                 steps, values = mean_curve(arm, column)
                 if len(steps):
-                    bottom.plot(steps, values.mean(-1), color=colour, linestyle=style)
+                    bottom.plot(steps, values.mean(-1), color=colour, linestyle=style, linewidth=1.2)
     for axes in grid[:, 0]:
         axes.grid(alpha=0.3)
     top.set_ylabel("score" if any(arm.normalized for arm in arms) else "return")
     if guided:
-        bottom.set_ylim(-0.02, 1.02)
+        values = [value for line in bottom.lines for value in line.get_ydata() if math.isfinite(value)]
+        highest = max(values, default=0) or 1
+        bottom.set_ylim(-0.04 * highest, 1.06 * highest)
         bottom.set_ylabel("p: mean (—),\nshare > 0 (- -)")
     bottom.set_xlabel("online steps")
     add_legend(figure, top)
@@ -99,18 +117,20 @@ def aggregate(arms: list[Arm]) -> bytes:
     return picture(figure)
 
 
-def profiles(arms: list[Arm]) -> bytes:
-    """The share of runs above each score, the mean over tasks, of the arms of one algorithm."""
+def profiles(arms: list[Arm], everywhere: list[Arm]) -> bytes:
+    """The share of runs above each score, the mean over tasks, of the arms of one algorithm; else like curves."""
+    look = styles(arms, everywhere)
     named = by_name(arms)
     values = np.concatenate([arm.values("final_score") for members in named.values() for arm in members])
     levels = np.linspace(min(0.0, values.min()), max(100.0, math.ceil(values.max())), 101)
     figure, ((axes,),) = new_figure(1, 1, 3.6 + 0.2 * math.ceil(len(named) / 2))
-    for i, (label, members) in enumerate(named.items()):
+    for members in named.values():
         above = [arm.values("final_score") > levels[:, None] for arm in members]  # (levels, seeds) for each task
         above = [task.astype(float) for task in above]
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
-        axes.plot(levels, mean_of_tasks(*above), label=f"{label} ({len(members)})", **style)
-        axes.fill_between(levels, *interval(above, mean_of_tasks), color=style["color"], alpha=0.15, linewidth=0)
+        label, style = f"{members[0].short} ({len(members)})", look[members[0].short]
+        axes.plot(levels, mean_of_tasks(*above), label=label, markersize=5, markevery=10, **style)
+        low, high = interval(above, mean_of_tasks)
+        axes.fill_between(levels, low, high, color=style["color"], alpha=0.15 if len(named) < 4 else 0.08, linewidth=0)
     axes.grid(alpha=0.3)
     axes.set_xlabel("score τ (in brackets: tasks)")
     axes.set_ylabel("share of runs with a final score > τ")

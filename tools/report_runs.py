@@ -141,6 +141,11 @@ class Arm:
         return np.array(found)
 
     @property
+    def short(self) -> str:
+        """The label without the algorithm, for where that is said already."""
+        return self.label.removeprefix(f"{self.algorithm}-")
+
+    @property
     def missing(self) -> list[int]:
         return sorted(set(self.seeds) - {run.seed for run in self.runs})
 

@@ -14,6 +14,8 @@ from report_runs import interquartile_mean, optimality_gap, pooled_mean  # isort
 
 TITLES = {"cql": "CQL", "awac": "AWAC", "iql": "IQL", "td3_bc": "TD3+BC", "spot": "SPOT", "cal_ql": "Cal-QL"}
 TITLES |= {"edis": "EDIS"}
+SCORES = {"final_score": 1, "last_score": 1, "train_score": 1, "offline_score": 1, "regret": 3}  # digits
+MORE_SCORES = {"best_score": 1, "switch_drop": 1, "train_regret": 3}
 # Paper's columns, by table: (head, [(subhead, column)])
 PAIRS = {name: [("Vanilla", name), ("SAMG", f"{name}_samg")] for name in ("cql", "awac", "iql", "cal_ql")}
 ALONE = {name: [("", name)] for name in ("td3_bc", "spot", "cal_ql", "edis")}
@@ -71,24 +73,35 @@ def mean_std(values: np.ndarray, digits: int) -> str:
 
 
 # --- All arms
-def results(arms: list[Arm]) -> Table:
-    """One row for every arm found."""
-    metrics = {"offline_score": 1, "final_score": 1, "best_score": 1, "switch_drop": 1, "regret": 3, "train_regret": 3}
-    heads = [(head, [""]) for head in ("environment", "arm", "seeds", *(name.replace("_", " ") for name in metrics))]
+def results(arms: list[Arm], every: bool = True) -> Table:
+    """One row for every arm found, with every figure or the first ones only."""
+    scores = SCORES | (MORE_SCORES if every else {})
+    heads = [(head, [""]) for head in ("environment", "arm", "seeds", *(name.replace("_", " ") for name in scores))]
     rows, records, notes = [], [], []
     for arm in arms:
-        cells = [Cell(mean_std(arm.values(name), digits)) for name, digits in metrics.items()]
+        cells = []
+        for name, digits in scores.items():
+            values = arm.values(name)
+            few = 0 < len(values) < len(arm.counted)
+            cells.append(Cell(mean_std(values, digits), note=str(len(values)) if few else ""))
         seeds, _, gaps = arm.seeds_text().partition(": ")
         rows.append([Cell(arm.env), Cell(arm.label), Cell(seeds, note=gaps), *cells])
         record = {"env": arm.env, "algorithm": arm.algorithm, "arm": arm.label, "n": len(arm.counted)}
         record["not_counted"] = arm.gaps()
-        for name in metrics:
+        for name in scores:
             values = arm.values(name)
             record |= {name: values.mean() if len(values) else "", f"{name}_std": text_or_nothing(spread(values))}
         records.append(record)
     if any(arm.counted and not arm.normalized for arm in arms):
         notes.append("Environments without a regret have no normalised score: their scores are returns.")
-    caption = "Mean ± sample standard deviation over the counted seeds. Only finished runs are counted."
+    older = [arm for arm in arms if any("last_score" not in run.summary for run in arm.counted)]
+    if names := ", ".join(f"{arm.env} {arm.label}" for arm in older):
+        notes.append(f"Older runs, whose final score is the last evaluation alone: {names}.")
+    caption = (
+        "Mean ± sample standard deviation over the finished runs, in brackets their number where some have no figure. "
+        "Final score: mean of the last five evaluations online; last score: the last of them; train score: mean of the "
+        "training episodes since before these five."
+    )
     return Table("results", "Results of all arms", caption, heads, rows, records, notes)
 
 
@@ -100,24 +113,31 @@ def text_or_nothing(value: float) -> float | str:
 def paper_table(n: int, arms: list[Arm], paper: dict, only_found: bool = False) -> Table:
     """Table n of the paper: for each task these runs, the paper's figures, and the difference where it means something.
 
-    Other environments with normalised scores come before the paper's tasks. `only_found` leaves out tasks without runs.
+    Other environments with normalised scores come before the paper's tasks. `only_found` leaves out tasks and
+    algorithms without runs.
     """
     metric, digits = ("regret", 3) if n == 3 else ("final_score", 1)
-    columns = [column for pair in LAYOUTS[n].values() for _, column in pair]
     tasks = list(dict.fromkeys(task for table, task, _ in paper if table == n))
     extra = sorted({arm.env for arm in arms if arm.normalized} - set(tasks))
-    heads = [("task", [""]), ("", [""])]
-    heads += [(TITLES[name], [subhead for subhead, _ in pair]) for name, pair in LAYOUTS[n].items()]
     best = "lowest" if n == 3 else "highest"
-    caption = f"Mean ± standard deviation, in brackets the seeds; in bold the {best} mean of a row."
-    table = Table(f"table{n}", f"{CAPTIONS[n]} (the paper's Table {n})", caption, heads, [], [])
-    reasons: dict[str, list[str]] = {}
+    caption = f"Mean ± standard deviation, in brackets the seeds; in bold the {best} mean that a row shows."
+    caption += "" if n == 3 else " Of these runs, the mean of the last five evaluations."
+    table = Table(f"table{n}", f"{CAPTIONS[n]} (the paper's Table {n})", caption, [("task", [""]), ("", [""])], [], [])
+    layout = LAYOUTS[n]
+    records, found, reasons = {}, {}, {}  # the first two by task
+    columns = [column for pair in layout.values() for _, column in pair]
     for task in [*extra, *tasks]:
-        records = [record_of(n, task, column, arms, paper, metric, reasons) for column in columns]
-        found = any(record["seeds"] not in ("", "missing") for record in records)
-        if found or (task in tasks and not only_found):
-            table.records += records
-            table.rows += task_rows(task, records, found, digits, lowest=n == 3)
+        records[task] = {column: record_of(n, task, column, arms, paper, metric, reasons) for column in columns}
+        found[task] = {column for column in columns if records[task][column]["seeds"] not in ("", "missing")}
+    if only_found:
+        columns = set().union(*found.values())
+        layout = {name: pair for name, pair in layout.items() if any(column in columns for _, column in pair)}
+    table.heads += [(TITLES[name], [subhead for subhead, _ in pair]) for name, pair in layout.items()]
+    for task in records:
+        if found[task] or (task in tasks and not only_found):
+            shown = [records[task][column] for pair in layout.values() for _, column in pair]
+            table.records += shown
+            table.rows += task_rows(task, shown, bool(found[task]), digits, lowest=n == 3)
     table.notes += [f"Not comparable, {', '.join(where)}: {reason}." for reason, where in reasons.items()]
     if any(record["comparable"] for record in table.records):
         table.notes.append(
