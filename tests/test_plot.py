@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from conftest import ROOT, load_module
+from conftest import load_module
 from PIL import Image
 
 
