@@ -11,11 +11,12 @@ against tools/plain_reference.py, the same algorithm as the field usually writes
 floating-point operations (FLOP) that the update cannot do without, counted from the layers' sizes, at the rate at
 which this device multiplies matrices in float32 here and now (256 x 256 on a CPU, 4,096 x 4,096 on CUDA).
 
-Sizes are hopper's (11 observations, 3 actions) with the networks and batches of the dataclass defaults. The rows are
-random; p is 0 in half of them and between 0.6 and 1 in the others.
+Sizes are hopper's (11 observations, 3 actions) with the networks and batches of the dataclass defaults, but no LayerNorm
+(--variants compiled,layer_norm shows what that costs). The rows are random; p is 0 in half of them and between 0.6 and 1 in the others.
 """
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -59,7 +60,8 @@ def load_algorithm(name: str) -> tuple[Any, type, type]:
 
 def make_config(module: Any, args: argparse.Namespace, **values: Any) -> Any:
     sizes = {"batch_size": args.batch_size, "hidden_dim": args.hidden_dim, "vae_hidden_dim": args.vae_hidden_dim}
-    return module.TrainConfig(**{key: value for key, value in sizes.items() if value}, threads=args.threads, **values)
+    sizes = {key: value for key, value in sizes.items() if value}
+    return module.TrainConfig(**sizes, threads=args.threads, critic_layer_norm=False, **values)
 
 
 def random_rows(widths: tuple[int, ...], n: int, p_share: float, device: str) -> torch.Tensor:
@@ -228,13 +230,20 @@ def compiled_update(case: Case, guided: bool, **options: str) -> Callable:
     return lambda: agent.update(buffer.sample(case.config.batch_size), guided)
 
 
+def layer_norm_update(case: Case, guided: bool) -> Callable:
+    """Compiled, with LayerNorm in the critics, which the other variants and the plain reference have not."""
+    config = dataclasses.replace(case.config, critic_layer_norm=True)
+    return compiled_update(case._replace(config=config), guided)
+
+
 def graphs_update(case: Case, guided: bool) -> Callable:
     """Compiled and, on CUDA, replayed from CUDA graphs: to be measured before the files offer it."""
     return compiled_update(case, guided, mode="reduce-overhead")
 
 
 # A variant makes, from a case and whether it is guided, a function that samples a batch and makes one update.
-VARIANTS = {"eager": eager_update, "compiled": compiled_update, "graphs": graphs_update}
+VARIANTS = {"eager": eager_update, "compiled": compiled_update, "layer_norm": layer_norm_update}
+VARIANTS |= {"graphs": graphs_update}
 
 
 def bench_update(args: argparse.Namespace) -> dict[str, list[dict]]:
