@@ -11,8 +11,9 @@ against tools/plain_reference.py, the same algorithm as the field usually writes
 floating-point operations (FLOP) that the update cannot do without, counted from the layers' sizes, at the rate at
 which this device multiplies matrices in float32 here and now (256 x 256 on a CPU, 4,096 x 4,096 on CUDA).
 
-Sizes are hopper's (11 observations, 3 actions) with the networks and batches of the dataclass defaults, but no LayerNorm
-(--variants compiled,layer_norm shows what that costs). The rows are random; p is 0 in half of them and between 0.6 and 1 in the others.
+Sizes are hopper's (11 observations, 3 actions) with the networks and batches of the dataclass defaults, but without
+LayerNorm, whose cost --variants compiled,layer_norm shows. The rows are random; p is 0 in half of them and between 0.6
+and 1 in the others.
 """
 
 import argparse
