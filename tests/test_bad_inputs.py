@@ -82,7 +82,6 @@ BAD_CONFIGURATION = {
     "unknown field": ("--learning_rats 1", ["learning_rats", "did you mean learning_rate?"]),
     "no value": ("--samg", ["--samg"]),
     "stray word": ("hopper", ["hopper"]),
-    "float for int": ("--offline_iterations 1e6", ["offline_iterations", "1e6", "int"]),
     "fraction for int": ("--offline_iterations 1.5", ["offline_iterations", "1.5"]),
     "word for int": ("--batch_size x", ["batch_size", "'x'", "int"]),
     "word for float": ("--gamma x", ["gamma", "'x'", "float"]),
@@ -127,7 +126,7 @@ BAD_YAML = {
     "empty": ("", ["no 'field: value' lines", "YAML"]),
     "words": ("just words\n", ["no 'field: value' lines", "YAML"]),
     "list": ("- 1\n- 2\n", ["no 'field: value' lines", "YAML"]),
-    "float for int": ("offline_iterations: 1e6\n", ["offline_iterations", "1e6", "int"]),
+    "list for text": ("name: [a, b]\n", ["name", "plain value"]),
     "fraction for int": ("offline_iterations: 1.5\n", ["offline_iterations", "1.5"]),
     "null": ("learning_rate:\n", ["learning_rate", "float"]),
     "bad boolean": ("samg: 3\n", ["samg", "3", "true", "false"]),
@@ -336,7 +335,7 @@ def test_foreign_checkpoint(content, refused, tmp_path):
     refused(["foreign.pt"], eval_only=tmp_path / "foreign.pt")
 
 
-@pytest.mark.parametrize("change", [{"hidden_dim": 24}, {"vae_hidden_dim": 24}, {"env": "HalfCheetah-v4"}], ids=str)
+@pytest.mark.parametrize("change", [{"hidden_dim": 24}, {"env": "HalfCheetah-v4"}], ids=str)
 def test_offline_checkpoint_of_other_networks(change, run, refused, hopper_file):
     source = run / "finished" / "offline_checkpoint.pt"
     refused([source, "does not fit"], offline_checkpoint=source, **(TINY | change), dataset=hopper_file)
