@@ -1250,11 +1250,14 @@ def load_checkpoint(path: Path, algorithm: type) -> dict[str, Any]:
 
 
 def is_like(value: Any, ours: Any) -> bool:
-    """Whether a plain value from a file is of the kind of ours; lists hold numbers or lists of them, dicts numbers."""
+    """Whether a plain value from a file is of the kind of ours: whole numbers from 0 on, lists and dicts of numbers."""
     if isinstance(ours, (list, dict)):
         inner = value.values() if isinstance(value, dict) else value
-        return type(value) is type(ours) and all(is_like(x, [] if isinstance(x, list) else 0.0) for x in inner)
-    return isinstance(value, (int, float)) and value == value if isinstance(ours, float) else type(value) is type(ours)
+        same = type(value) is type(ours) and (not ours or len(value) == len(ours))
+        return same and all(is_like(x, [] if isinstance(x, list) else 0.0) for x in inner)
+    if isinstance(ours, float):
+        return isinstance(value, (int, float)) and value == value
+    return type(value) is type(ours) and (type(value) is not int or value >= 0)
 
 
 def different(config: Any, other: Any) -> dict[str, str]:
@@ -1277,12 +1280,14 @@ def on_signals(handler: Any, *numbers: int) -> dict[int, Any]:
 
 def end_quietly(number: int, frame: Any) -> NoReturn:
     """End without a traceback; if the signal comes again, at once."""
-    on_signals(exit_now, *STOPS)
+    on_signals(signal.SIG_DFL, *STOPS)
     raise SystemExit(128 + number)
 
 
-def exit_now(number: int, frame: Any) -> NoReturn:
-    os._exit(128 + number)
+def peak_memory_mb() -> float:
+    """Of this process; 0 where the system does not tell. macOS counts in bytes, others in kilobytes."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
 
 
 def choose_device(name: str) -> str:
@@ -1354,9 +1359,7 @@ class Run:
         except BlockingIOError:
             time.sleep(0.5)  # by then the other one has written who it is
             self.lock.seek(0)
-            fail(
-                f"{self.folder} is in use by {self.lock.read().strip()}: stop that, or choose another --name or --seed"
-            )
+            fail(f"{self.folder} is in use by {self.lock.read().strip()}: stop it, or choose another --name or --seed")
         except OSError as error:
             tqdm.write(f"{self.folder} cannot be locked ({reason(error)}): see to it that no other process runs in it")
         else:
@@ -1406,13 +1409,11 @@ class Run:
         """Continue exactly where `state` was saved or, not `whole`, begin a new run at its switch."""
         config, saved, progress, parts = self.config, state["config"], state["progress"], self.parts
         wrong = [name for name in self.PROGRESS if not is_like(progress.get(name), getattr(self, name))]
-        wrong = wrong or [name for name in ("step", "episode", "collapsed", "peak_memory_mb") if progress[name] < 0]
-        widths = (("evaluations", 4), ("train_episodes", 3))
-        wrong += [name for name, width in widths if any(len(row) != width for row in progress[name])]
-        wrong += ["adapt_report"] * (not progress["adapt_report"].keys() <= set(COLUMNS))
-        wrong += ["seconds"] * (progress["seconds"].keys() != self.seconds.keys())
-        if wrong:
-            raise ValueError(f"its {wrong[0]} is {progress.get(wrong[0])!r}")
+        wrong += [] if wrong or {*map(len, progress["evaluations"])} <= {4} else ["evaluations"]
+        wrong += [] if wrong or {*map(len, progress["train_episodes"])} <= {3} else ["train_episodes"]
+        if wrong or not progress["adapt_report"].keys() <= {*COLUMNS}:
+            name = wrong[0] if wrong else "adapt_report"
+            raise ValueError(f"its {name} is {progress.get(name)!r}")
         if not whole:
             if state["buffer"] or progress["step"] < saved.offline_iterations:
                 fail(f"{config.offline_checkpoint} is not from the switch: name a run's offline_checkpoint.pt")
@@ -1428,8 +1429,7 @@ class Run:
             if not whole and isinstance(part, torch.optim.Optimizer):  # with this run's own step sizes
                 state[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state[name])
-            moments = part.state if isinstance(part, torch.optim.Optimizer) else {}
-            for like, kept in moments.items():
+            for like, kept in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
                 if any(x.shape not in ((), like.shape) or x.isnan().any() for x in kept.values()):
                     raise ValueError(f"the moments of {name} do not fit or are not numbers")
         for name, value in progress.items():
@@ -1438,7 +1438,7 @@ class Run:
         if (online > 0 and not state["buffer"]) or (online < 0 and state["buffer"]):
             raise ValueError(f"its step is {self.step}, with{'' if state['buffer'] else 'out'} a buffer")
         if online > config.online_iterations:
-            fail(f"online_iterations {config.online_iterations} is less than the {online} that this run has done")
+            raise ValueError(f"online_iterations {config.online_iterations} is less than the {online} that it has done")
         self.load_dataset()
         if state["buffer"]:
             self.make_buffer()
@@ -1521,14 +1521,20 @@ class Run:
             self.wandb = start_wandb(self.config, self.folder, self.algorithm.ALGORITHM)
         pyrallis.dump(replace(self.config, resume=""), stream := io.StringIO())
         write_whole(self.folder / "config.yaml", stream.getvalue().encode())
-        self.metrics_file = open(path, "a", newline="")
+        self.metrics_file = open(path, "a", newline="", encoding="ascii")
         self.metrics_file.truncate(size)
         columns = ("step", "phase", *self.algorithm.METRICS, *COLUMNS)
-        self.metrics = csv.DictWriter(self.metrics_file, columns, restval="")
+        self.metrics = csv.DictWriter(self, columns, restval="")
         if not size:
             self.metrics.writeheader()
         self.saved_step = self.step
         self.taken = on_signals(self.request, *STOPS, *SAVES)
+
+    def write(self, text: str) -> None:
+        """Append to metrics.csv."""
+        size, checksum = self.metrics_size
+        self.metrics_size = [size + len(text), zlib.crc32(text.encode(), checksum)]
+        self.metrics_file.write(text)
 
     def refuse_old_run(self) -> None:
         if not self.config.resume and (self.folder / "config.yaml").exists():
@@ -1551,23 +1557,20 @@ class Run:
             with contextlib.suppress(OSError):  # a print may be what the signal has interrupted
                 os.write(2, b"\nstopping when this update or training episode is over (again: at once)\n")
         elif time.monotonic() > self.stop_time + 1:
-            on_signals(exit_now, *STOPS)
+            on_signals(signal.SIG_DFL, *STOPS)
             raise SystemExit(f"stopped at once; to go on from the last checkpoint: {self.resume_command()}")
 
     def resume_command(self) -> str:
-        return shlex.join(["python", sys.argv[0] or __file__, "--resume", str(self.folder)])
+        return shlex.join(["python", __file__, "--resume", str(self.folder)])
 
     def save(self, name: str = "checkpoint.pt") -> None:
-        for key, value in self.agent.state_dict().items():
+        for key, value in (self.agent.state_dict() | self.coefficient.state_dict()).items():
             if not torch.isfinite(value).all():
                 fail(f"{key} is not finite at step {self.step}, the run has diverged: try a smaller learning rate")
+        self.saved_step = self.step
         self.metrics_file.flush()
         os.fsync(self.metrics_file.fileno())
-        content = (self.folder / "metrics.csv").read_bytes()
-        self.metrics_size, self.saved_step = [len(content), zlib.crc32(content)], self.step
-        if resource:
-            unit = 2**20 if sys.platform == "darwin" else 2**10  # it counts bytes there, elsewhere kilobytes
-            self.peak_memory_mb = max(self.peak_memory_mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())
         torch.save(self.state_dict(), stream := io.BytesIO())
         write_whole(self.folder / name, stream.getbuffer())
 
@@ -1577,18 +1580,17 @@ class Run:
         Within one only where its end may be far: without a time limit, or long after the signal. From there a resumed
         run begins with a new episode: only the simulator's state is lost.
         """
-        if within_episode and self.time_limit and not self.stop_signal:
-            return
-        if within_episode and self.time_limit and time.monotonic() < self.stop_time + PATIENCE:
+        stop = self.stop_signal
+        if within_episode and self.time_limit and not (stop and time.monotonic() > self.stop_time + PATIENCE):
             return
         due = self.step - self.saved_step >= self.config.checkpoint_frequency * (1 + within_episode)
-        if self.save_wanted or self.stop_signal or due:
+        if self.save_wanted or stop or due:
             self.save_wanted = 0
             self.save()
-        if self.stop_signal:
+        if stop:
             where = "within an episode, which is lost; " if within_episode else ""
             tqdm.write(f"saved; {where}to go on: {self.resume_command()}", file=sys.stderr)
-            raise SystemExit(128 + self.stop_signal)
+            raise SystemExit(128 + stop)
 
     def bar(self, phase: str, total: int, done: int) -> tqdm:
         self.clock, self.clock_step = time.perf_counter(), self.step
@@ -1816,7 +1818,7 @@ def main(algorithm: type, config_class: type, run_class: type) -> None:
         what = "what was saved before is whole: make room or give access, then --resume the run's folder"
         fail(f"{reason(error)}; {what}")
     finally:
-        on_signals(exit_now, *STOPS)  # everything is saved
+        on_signals(signal.SIG_DFL, *STOPS)  # everything is saved
 
 
 def score_checkpoint(config: Any, algorithm: type) -> str:
