@@ -1459,7 +1459,7 @@ class Run:
         else:
             given = getattr(config, "given", different(config, type(config)()).keys())
             if forbidden := [text for name, text in found.items() if name in self.SETTLED & given]:
-                fail(f"{path} does not fit this run, it was trained with {'; '.join(forbidden)}: leave that out")
+                fail(f"{path} does not fit this run, it was trained with {'; '.join(forbidden)}: give that, or nothing")
             names = [field.name for field in fields(config)]
             taken = ({"env", "seed", *self.SETTLED, *names[names.index("batch_size") :]} - given) & found.keys()
             config = replace(config, **{name: getattr(saved, name) for name in taken})
