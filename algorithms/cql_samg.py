@@ -238,10 +238,7 @@ def read_text(text: str) -> str:
 
 
 class ConfigParser(pyrallis.argparsing.ArgumentParser):
-    """pyrallis's, but values stay the text that they are written as, which YAML would turn from 007 into 7.
-
-    A configuration has the names of its fields that were given, by command line or file, as `given`.
-    """
+    """pyrallis's, but values stay the text that they are written as, which YAML would turn from 007 into 7."""
 
     def _postprocessing(self, parsed: Any) -> Any:
         values = vars(parsed)
@@ -251,13 +248,15 @@ class ConfigParser(pyrallis.argparsing.ArgumentParser):
             if not isinstance(content, dict):
                 raise ValueError(f"no 'field: value' lines in the YAML file {path}")
             values = content | values
-        config = pyrallis.decode(self.config_class, values)
-        config.given = set(values)
-        return config
+        self.given = set(values)
+        return pyrallis.decode(self.config_class, values)
 
 
-def parse_config(config_class: type, argv: list[str]) -> Any:
-    """Read the command line and the YAML file that it names; any fault ends the program with one line."""
+def parse_config(config_class: type, argv: list[str], given: set[str] | None = None) -> Any:
+    """Read the command line and the YAML file that it names; any fault ends the program with one line.
+
+    `given` gets the names of the fields that one of both gives.
+    """
     readers = {bool: read_bool, int: read_int, str: read_text}
     readers[float] = lambda text: float(text.lower().replace(".inf", "inf"))  # YAML writes -.inf
     for kind, reader in readers.items():
@@ -269,7 +268,9 @@ def parse_config(config_class: type, argv: list[str]) -> Any:
         words = [*words[:-1], f"{words[-1]}={word}"] if joins else [*words, word]
     try:
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            return ConfigParser(config_class).parse_args(words)
+            config = (parser := ConfigParser(config_class)).parse_args(words)
+            (set() if given is None else given).update(parser.given)
+            return config
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
@@ -1962,11 +1963,13 @@ def main(algorithm: type, config_class: type, run_class: type) -> None:
     on_signals(signal.SIG_IGN, *SAVES)  # until there is something to save
     on_signals(end_quietly, *STOPS)
     try:
-        config = parse_config(config_class, sys.argv[1:])
+        config = parse_config(config_class, sys.argv[1:], given := set())
         if config.eval_only:
-            return print(score_checkpoint(config, algorithm))
+            return print(score_checkpoint(config, given, algorithm))
         if config.resume:
-            config = parse_config(config_class, ["--config", str(Path(config.resume) / "config.yaml"), *sys.argv[1:]])
+            own = ["--config", str(Path(config.resume) / "config.yaml")]
+            config = parse_config(config_class, [*own, *sys.argv[1:]], given)
+        config.given = given
         torch.set_num_threads(config.threads)
         train(run_class(config, algorithm))
     except OSError as error:
@@ -1976,12 +1979,12 @@ def main(algorithm: type, config_class: type, run_class: type) -> None:
         on_signals(signal.SIG_DFL, *STOPS)  # everything is saved
 
 
-def score_checkpoint(config: Any, algorithm: type) -> str:
+def score_checkpoint(config: Any, given: set[str], algorithm: type) -> str:
     """--eval_only: the policy's score, in its own task; what is given beside that must be as in the checkpoint."""
     path, own = Path(config.eval_only), {"eval_only", "device", "threads", "n_test_episodes", "eval_seed"}
     checkpoint = load_checkpoint(path, algorithm)
     found = different(checkpoint["config"], config)
-    if forbidden := [text for name, text in found.items() if name in config.given - own]:
+    if forbidden := [text for name, text in found.items() if name in given - own]:
         fail(f"--eval_only scores {path} as it is, with {'; '.join(forbidden)}: leave that out")
     config = replace(checkpoint["config"], **{name: getattr(config, name) for name in own})
     torch.set_num_threads(config.threads)
