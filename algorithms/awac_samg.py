@@ -14,7 +14,7 @@ well the offline data knew that sample, p(s, a), Eq. (1). AWAC (Nair et al., 202
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch==2.13.0", "numpy==2.4.6", "gymnasium[mujoco]==1.4.0", "mujoco==4.0.0", "h5py==3.16.0",
-#     "pyrallis==0.3.1", "tqdm==4.70.1", "wandb==0.31.0",
+#     "pyrallis==0.3.1", "pyyaml==6.0.4", "tqdm==4.70.1", "wandb==0.31.0",
 # ]
 # ///
 
@@ -31,16 +31,20 @@ import math
 import os
 import pickle
 import re
-import resource
+import shlex
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 import urllib.request
+import uuid
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -50,8 +54,15 @@ import numpy as np
 import pyrallis
 import torch
 import torch.nn as nn
+import yaml
 from torch.optim.adam import adam as adam_step
 from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:  # Windows
+    fcntl = resource = None
 
 
 # --- Configuration
@@ -139,6 +150,8 @@ class TrainConfig:
 
 def check_config(config: Any) -> None:
     """Take a Minari data set's environment where none is given; raise ValueError for a value that no run can use."""
+    for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
+        setattr(config, name, os.path.expanduser(getattr(config, name)))
     if str(config.dataset).startswith("minari:") and config.env in ("", type(config).env):
         config.env = config.dataset
     at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations", "fit_hidden_dim")
@@ -170,28 +183,68 @@ def fail(message: str) -> NoReturn:
     raise SystemExit("error: " + " ".join(message.split()))
 
 
-def read_bool(value: Any) -> bool:
-    if str(value).lower() not in ("true", "false"):
-        raise ValueError(f"{value!r} is neither true nor false")
-    return str(value).lower() == "true"
+def reason(error: BaseException) -> str:
+    """What an exception says, in a line; its kind, if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def parse_config(config_class: type, argv: list[str]) -> Any:
-    """Read the command line and the YAML file that it names; any fault ends the program with one line."""
-    # pyrallis itself takes any other word for true, cuts 1.5 to 1, and makes an empty text "None".
-    readers = {bool: read_bool, int: lambda value: int(str(value)), str: lambda text: "" if text is None else str(text)}
+def read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "yes", "on", "false", "no", "off"):
+        raise ValueError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "yes", "on")
+
+
+def read_int(text: str) -> int:
+    """A whole number, also as 1e6."""
+    return int(float(text)) if re.search("[.e]", text, re.I) and float(text).is_integer() else int(text)
+
+
+def read_text(text: str) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"a plain value is needed, not {text!r}")
+    return text
+
+
+class ConfigParser(pyrallis.argparsing.ArgumentParser):
+    """pyrallis's, but values stay the text that they are written as, which YAML would turn from 007 into 7."""
+
+    def _postprocessing(self, parsed: Any) -> Any:
+        values = vars(parsed)
+        if path := values.pop("config_path", ""):
+            with open(Path(path).expanduser(), encoding="utf-8") as file:
+                content = yaml.load(file, yaml.BaseLoader)
+            if not isinstance(content, dict):
+                raise ValueError(f"no 'field: value' lines in the YAML file {path}")
+            values = content | values
+        self.given = set(values)
+        return pyrallis.decode(self.config_class, values)
+
+
+def parse_config(config_class: type, argv: list[str], given: set[str] | None = None) -> Any:
+    """Read the command line and the YAML file that it names; any fault ends the program with one line.
+
+    `given` gets the names of the fields that one of both gives.
+    """
+    readers = {bool: read_bool, int: read_int, str: read_text}
+    readers[float] = lambda text: float(text.lower().replace(".inf", "inf"))  # YAML writes -.inf
     for kind, reader in readers.items():
         pyrallis.decode.register(kind, reader)
     inspect.getsource = cache(inspect.getsource)  # pyrallis calls it for each field: seconds, for a file of this length
+    words = []
+    for word in argv:  # argparse takes -1e-1 and -inf for options
+        joins = re.match("-[^-]", word) and word != "-h" and words and re.fullmatch(r"--\w+", words[-1])
+        words = [*words[:-1], f"{words[-1]}={word}"] if joins else [*words, word]
     try:
         with contextlib.redirect_stderr(io.StringIO()) as stderr:
-            return pyrallis.parse(config_class=config_class, args=argv)
+            config = (parser := ConfigParser(config_class)).parse_args(words)
+            (set() if given is None else given).update(parser.given)
+            return config
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
         text = stderr.getvalue().split("error: ")[-1]
     except Exception as error:  # pyrallis raises bare Exceptions for unknown keys; yaml and the file system their own
-        text = "no 'field: value' lines in the YAML file" if "attribute 'items'" in str(error) else str(error)
+        text = reason(error)
     if "unrecognized" in text or "do not belong" in text:
         names, unknown = [field.name for field in fields(config_class)], re.findall(r"--(\w+)|'(\w+)':", text)
         near = [match for word in unknown for match in difflib.get_close_matches("".join(word), names, n=1)]
@@ -567,8 +620,13 @@ class ReplayBuffer:
         return {"rows": self.rows[self.kept : self.size].clone(), "pointer": self.pointer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.size, self.pointer = self.kept + len(state["rows"]), state["pointer"]
-        self.rows[self.kept : self.size] = state["rows"].to(self.rows.device)
+        """ValueError if it is not of such a ring, or of a smaller one, as an extended run has."""
+        rows, pointer, size = state["rows"], state["pointer"], self.kept + len(state["rows"])
+        places = range(self.kept, size) if size == len(self.rows) else (size, self.kept)
+        if rows.shape[1:] != self.rows.shape[1:] or size > len(self.rows) or pointer not in places:
+            raise ValueError(f"a buffer of {tuple(rows.shape)} with its pointer at {pointer} does not fit")
+        self.size, self.pointer = size, pointer if size == len(self.rows) else size
+        self.rows[self.kept : self.size] = rows.to(self.rows.device)
 
 
 # --- Networks
@@ -1145,9 +1203,12 @@ COLUMNS = (
 )
 
 
+FORMAT = 2  # of checkpoints: another number, another content
+
+
 def write_whole(path: Path, content: Any) -> None:
-    """Write bytes to a file whole or not at all: aside, fsync, rename."""
-    aside = path.with_name(path.name + ".part")
+    """Write bytes to a file whole or not at all: aside, under a name of this process, fsync, rename."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(aside, "wb") as file:
             file.write(content)
@@ -1159,22 +1220,85 @@ def write_whole(path: Path, content: Any) -> None:
 
 
 def load_checkpoint(path: Path, algorithm: type) -> dict[str, Any]:
-    """Read a checkpoint of this algorithm: tensors and plain Python values only."""
+    """Read a checkpoint of this algorithm, tensors and plain values only; "config" becomes a TrainConfig."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load looks at no check sum
+                raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         found = checkpoint["algorithm"] if isinstance(checkpoint, dict) else "something else"
     except Exception as error:
-        fail(f"cannot read the checkpoint {path}: {str(error)[:200]}")
-    return checkpoint if found == algorithm.ALGORITHM else fail(f"{path} is of {found}, not of {algorithm.ALGORITHM}")
+        fail(f"cannot read the checkpoint {path}: {reason(error)}")
+    if found != algorithm.ALGORITHM:
+        fail(f"{path} is of {found}, not of {algorithm.ALGORITHM}")
+    if (number := checkpoint.get("format", 1)) != FORMAT:
+        fail(f"{path} has format {number}, this file reads {FORMAT}: use the version that wrote it")
+    try:
+        if missing := {"agent", "config", "progress", "coefficient", "buffer", "random_cpu"} - checkpoint.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        config, ours = checkpoint["config"], asdict(TrainConfig())
+        if other := sorted(config.keys() ^ ours.keys()):
+            raise ValueError(f"its configuration has other fields than this file's: {', '.join(other)}")
+        if wrong := [name for name, value in ours.items() if not is_like(config[name], value)]:
+            raise ValueError(f"its {wrong[0]} is {config[wrong[0]]!r}")
+        checkpoint["config"] = TrainConfig(**config)
+        for name, tensor in (checkpoint["agent"] | checkpoint["coefficient"]).items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} is not finite")
+    except Exception as error:
+        fail(f"{path} cannot be used: {reason(error)}")
+    return checkpoint
+
+
+def is_like(value: Any, ours: Any) -> bool:
+    """Whether a plain value from a file is of the kind of ours: whole numbers from 0 on, lists and dicts of numbers."""
+    if isinstance(ours, (list, dict)):
+        inner = value.values() if isinstance(value, dict) else value
+        same = type(value) is type(ours) and (not ours or len(value) == len(ours))
+        return same and all(is_like(x, [] if isinstance(x, list) else 0.0) for x in inner)
+    if isinstance(ours, float):
+        return isinstance(value, (int, float)) and value == value
+    return type(value) is type(ours) and (type(value) is not int or value >= 0)
+
+
+def different(config: Any, other: Any) -> dict[str, str]:
+    """The fields of two configurations that differ: {name: "this, not that"}."""
+    pairs = {name: (value, getattr(other, name)) for name, value in asdict(config).items()}
+    return {name: f"{name} {mine!r}, not {its!r}" for name, (mine, its) in pairs.items() if mine != its}
+
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+SAVES = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()  # not on Windows
+PATIENCE = 20  # seconds that a stop waits for the end of an episode
+
+
+def on_signals(handler: Any, *numbers: int) -> dict[int, Any]:
+    """Take signals; returns who had them. Outside the main thread Python has none."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers}
+
+
+def end_quietly(number: int, frame: Any) -> NoReturn:
+    """End without a traceback; if the signal comes again, at once."""
+    on_signals(signal.SIG_DFL, *STOPS)
+    raise SystemExit(128 + number)
+
+
+def peak_memory_mb() -> float:
+    """Of this process; 0 where the system does not tell. macOS counts in bytes, others in kilobytes."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit if resource else 0.0
 
 
 def choose_device(name: str) -> str:
     """auto: cuda where there is one, else cpu."""
     try:
         name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-        return str(torch.zeros(1, device=name).device)
+        tensor = torch.zeros(1, device=name)
+        return str(tensor.device) if tensor.tolist() else ""  # what keeps no numbers, such as meta, raises here
     except Exception as error:
-        fail(f"no device {name!r} here ({str(error)[:100]}); --device auto takes what there is")
+        fail(f"no device {name!r} here ({reason(error)[:100]}); --device auto takes what there is")
 
 
 class Run:
@@ -1182,12 +1306,27 @@ class Run:
 
     PROGRESS = ("step", "episode", "metrics_size", "dataset_checksum", "reward_scale", "reward_bias", "evaluations")
     PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb", "collapsed")
+    # What a resumed run may change, and what one from an offline checkpoint may not
+    RESUMABLE = {"resume", "device", "threads", "wandb", "checkpoint_frequency", "dataset", "online_iterations"}
+    SETTLED = {"offline_iterations", "hidden_dim", "q_n_hidden_layers", "critic_layer_norm", "iql_deterministic"}
+    SETTLED |= {"normalize", "normalize_reward", "reward_scale", "reward_bias", "cql_alpha"}
 
     def __init__(self, config: Any, algorithm: type) -> None:
-        self.config, self.algorithm, self.device = config, algorithm, choose_device(config.device)
-        folder = Path(config.runs_dir) / config.env.replace("/", "-") / f"{config.name}-seed{config.seed}"
-        self.folder = Path(config.resume) if config.resume else folder
+        self.algorithm, self.device, self.lock, self.metrics_file = algorithm, choose_device(config.device), None, None
+        self.taken: dict[int, Any] = {}  # signals that this run handles, and who had them before
+        if config.resume:
+            self.folder = Path(config.resume)
+            self.lock_folder()
+        try:
+            self.config = config = self.read_source(config)
+        except SystemExit:
+            self.close()
+            raise
+        if not config.resume:
+            place = Path(config.runs_dir) / config.env.replace("/", "-")
+            self.folder = place / f"{config.name}-seed{config.seed}"
         self.env, self.eval_env = Environment(config.env), Environment(config.env, ends_at_goal=False)
+        self.time_limit = getattr(self.env.env.spec, "max_episode_steps", None)
         torch.manual_seed(derive_seed(config.seed, "networks"))
         self.agent = algorithm(config, self.env, self.device)
         kind = COEFFICIENTS[config.coefficient if config.samg else "none"]
@@ -1196,7 +1335,9 @@ class Run:
         self.parts |= self.coefficient.optimizers
         self.keeps_offline_data = not config.samg and config.keep_offline_data
         self.dataset = self.buffer = self.wandb = None  # the ReplayBuffers before and after the switch; wandb's run
-        self.step = self.episode = self.metrics_size = self.dataset_checksum = self.stop_signal = self.collapsed = 0
+        self.step = self.episode = self.dataset_checksum = self.collapsed = 0
+        self.stop_signal = self.stop_time = self.save_wanted = 0  # what signals have asked for, and when
+        self.metrics_size = [0, 0]  # of metrics.csv: bytes, and their CRC-32
         self.reward_scale, self.reward_bias, self.peak_memory_mb, self.adapt_report = 1.0, 0.0, 0.0, {}
         self.evaluations: list[list] = []  # [is online, step within its phase, score, return]
         self.train_episodes: list[list] = []  # [online step at its end, score, return]
@@ -1208,25 +1349,80 @@ class Run:
         """The step at which the online phase begins."""
         return self.config.offline_iterations + self.coefficient.fit_iterations
 
+    def lock_folder(self) -> None:
+        """Keep other processes out of the folder; whatever becomes of this one, the kernel frees it then."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / "run.lock", "a+")
+        try:
+            if not fcntl:
+                raise OSError("this system has no flock")
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.5)  # by then the other one has written who it is
+            self.lock.seek(0)
+            fail(f"{self.folder} is in use by {self.lock.read().strip()}: stop it, or choose another --name or --seed")
+        except OSError as error:
+            tqdm.write(f"{self.folder} cannot be locked ({reason(error)}): see to it that no other process runs in it")
+        else:
+            for left in self.folder.glob("*.[0-9]*.part"):  # by a process that was killed
+                left.unlink()
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.lock.flush()
+
+    def read_source(self, config: Any) -> Any:
+        """Read the checkpoint that the run starts from, if any, as `state`; returns the run's configuration.
+
+        A resumed run has its checkpoint's. A run from an offline checkpoint takes what it was not given, of the task,
+        the seed and the algorithm's own fields, from there.
+        """
+        last, self.state, self.moved = Path(config.resume) / "checkpoint.pt", None, False
+        self.resumes = bool(config.resume) and last.is_file()  # a run stopped before its first checkpoint starts again
+        self.source = path = last if self.resumes else Path(config.offline_checkpoint)
+        if not self.resumes and not config.offline_checkpoint:
+            return config
+        self.state = load_checkpoint(path, self.algorithm)
+        found = different(saved := self.state["config"], config)
+        if self.resumes:
+            if forbidden := [name for name in found if name not in self.RESUMABLE]:
+                texts = "; ".join(found[name] for name in forbidden)
+                fail(f"--resume: {', '.join(forbidden)} cannot change; {path} was saved with {texts}")
+            self.moved = "dataset" in found
+        else:
+            given = getattr(config, "given", different(config, type(config)()).keys())
+            if forbidden := [text for name, text in found.items() if name in self.SETTLED & given]:
+                fail(f"{path} does not fit this run, it was trained with {'; '.join(forbidden)}: give that, or nothing")
+            names = [field.name for field in fields(config)]
+            taken = ({"env", "seed", *self.SETTLED, *names[names.index("batch_size") :]} - given) & found.keys()
+            config = replace(config, **{name: getattr(saved, name) for name in taken})
+            if config.seed != saved.seed:
+                tqdm.write(f"{path}: offline phase of seed {saved.seed}; what follows is of seed {config.seed}")
+        return config
+
     def state_dict(self) -> dict[str, Any]:
-        state = {"algorithm": self.algorithm.ALGORITHM, "config": asdict(self.config)}
+        state = {"algorithm": self.algorithm.ALGORITHM, "format": FORMAT, "config": asdict(self.config)}
         state |= {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"buffer": self.buffer and self.buffer.state_dict(), "random_cpu": torch.get_rng_state()}
-        state["random_cuda"] = torch.cuda.get_rng_state() if "cuda" in self.device else None
+        state["random_cuda"] = torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None
         return state | {"progress": {name: getattr(self, name) for name in self.PROGRESS}}
 
     def load_state_dict(self, state: dict[str, Any], whole: bool) -> None:
         """Continue exactly where `state` was saved or, not `whole`, begin a new run at its switch."""
         config, saved, progress, parts = self.config, state["config"], state["progress"], self.parts
+        wrong = [name for name in self.PROGRESS if not is_like(progress.get(name), getattr(self, name))]
+        wrong += [] if wrong or {*map(len, progress["evaluations"])} <= {4} else ["evaluations"]
+        wrong += [] if wrong or {*map(len, progress["train_episodes"])} <= {3} else ["train_episodes"]
+        if wrong or not progress["adapt_report"].keys() <= {*COLUMNS}:
+            name = wrong[0] if wrong else "adapt_report"
+            raise ValueError(f"its {name} is {progress.get(name)!r}")
         if not whole:
-            if state["buffer"] or progress["step"] < saved["offline_iterations"]:
+            if state["buffer"] or progress["step"] < saved.offline_iterations:
                 fail(f"{config.offline_checkpoint} is not from the switch: name a run's offline_checkpoint.pt")
             names = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")
-            progress = {name: progress[name] for name in names}
-            progress["step"] = config.offline_iterations = saved["offline_iterations"]
-            kind, fitted = type(self.coefficient), COEFFICIENTS[saved["coefficient"] if saved["samg"] else "none"]
+            progress = {name: progress[name] for name in names} | {"step": config.offline_iterations}
+            kind, fitted = type(self.coefficient), COEFFICIENTS[saved.coefficient if saved.samg else "none"]
             fits = fitted is kind and state["coefficient"].get("count", 0)
-            if fits and kind.fit_settings(saved) == kind.fit_settings(asdict(config)):
+            if fits and kind.fit_settings(asdict(saved)) == kind.fit_settings(asdict(config)):
                 progress["step"] += self.coefficient.fit_iterations
             else:  # this run's coefficient was not fitted there, or otherwise, or needs no fitting
                 parts = {"agent": self.agent} | self.agent.optimizers
@@ -1234,19 +1430,28 @@ class Run:
             if not whole and isinstance(part, torch.optim.Optimizer):  # with this run's own step sizes
                 state[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state[name])
+            for like, kept in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
+                if any(x.shape not in ((), like.shape) or x.isnan().any() for x in kept.values()):
+                    raise ValueError(f"the moments of {name} do not fit or are not numbers")
         for name, value in progress.items():
             setattr(self, name, value)
+        online = self.step - self.switch
+        if (online > 0 and not state["buffer"]) or (online < 0 and state["buffer"]):
+            raise ValueError(f"its step is {self.step}, with{'' if state['buffer'] else 'out'} a buffer")
+        if online > config.online_iterations:
+            raise ValueError(f"online_iterations {config.online_iterations} is less than the {online} that it has done")
         self.load_dataset()
         if state["buffer"]:
             self.make_buffer()
             self.buffer.load_state_dict(state["buffer"])
         torch.set_rng_state(state["random_cpu"])
         if state["random_cuda"] is not None and "cuda" in self.device:
-            torch.cuda.set_rng_state(state["random_cuda"])
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
     def load_dataset(self) -> None:
         """Load the offline data if this run still needs them: before the switch, or in the arm that keeps them."""
-        if self.step >= self.switch > 0 and not self.keeps_offline_data:
+        needed = self.step < self.switch or not self.switch or self.keeps_offline_data
+        if not needed and not self.moved:
             return
         config, agent, path = self.config, self.agent, find_dataset(self.config.env, self.config.dataset)
         rows, returns = load_dataset(path, self.env)
@@ -1254,6 +1459,8 @@ class Run:
         checksum = zlib.crc32(rows)
         if self.dataset_checksum not in (0, checksum):
             fail(f"{path} is not the data set that this run began with")
+        if not needed:
+            return
         if not self.dataset_checksum:
             self.dataset_checksum, states = checksum, rows[:, : self.env.obs_dim]
             self.reward_scale, self.reward_bias = reward_transform(self.env, returns, config)
@@ -1303,46 +1510,88 @@ class Run:
         agent.start_period(config.refresh_offline_critic)
 
     def open_log(self) -> None:
-        """Write config.yaml if new, and open metrics.csv, cut back to where the checkpoint saw it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Lock the folder, write config.yaml, and open metrics.csv, cut back to where the checkpoint saw it."""
+        if not self.lock:
+            self.lock_folder()
+        self.refuse_old_run()
+        path, (size, checksum) = self.folder / "metrics.csv", self.metrics_size
+        if zlib.crc32(path.read_bytes()[:size] if size and path.is_file() else b"") != checksum:
+            how = "put it back from a copy, or begin another --name (an offline_checkpoint.pt spares the offline phase)"
+            fail(f"the first {size} bytes of {path} are not as this run wrote them; to go on, {how}")
         if self.config.wandb:
             self.wandb = start_wandb(self.config, self.folder, self.algorithm.ALGORITHM)
-        if not (self.folder / "config.yaml").exists():
-            pyrallis.dump(self.config, stream := io.StringIO())
-            write_whole(self.folder / "config.yaml", stream.getvalue().encode())
-        self.metrics_file = open(self.folder / "metrics.csv", "a", newline="")
-        self.metrics_file.truncate(self.metrics_size)
+        pyrallis.dump(replace(self.config, resume=""), stream := io.StringIO())
+        write_whole(self.folder / "config.yaml", stream.getvalue().encode())
+        self.metrics_file = open(path, "a", newline="", encoding="ascii")
+        self.metrics_file.truncate(size)
         columns = ("step", "phase", *self.algorithm.METRICS, *COLUMNS)
-        self.metrics = csv.DictWriter(self.metrics_file, columns, restval="")
-        if not self.metrics_size:
+        self.metrics = csv.DictWriter(self, columns, restval="")
+        if not size:
             self.metrics.writeheader()
         self.saved_step = self.step
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.request_stop)
+        self.taken = on_signals(self.request, *STOPS, *SAVES)
 
-    def request_stop(self, number: int, frame: Any) -> None:
-        if self.stop_signal:
-            raise SystemExit(f"stopped at once; to go on from the last checkpoint: --resume {self.folder}")
-        self.stop_signal = number
-        tqdm.write("stopping when this update or training episode is over (again: at once)", file=sys.stderr)
+    def write(self, text: str) -> None:
+        """Append to metrics.csv."""
+        size, checksum = self.metrics_size
+        self.metrics_size = [size + len(text), zlib.crc32(text.encode(), checksum)]
+        self.metrics_file.write(text)
+
+    def refuse_old_run(self) -> None:
+        if not self.config.resume and (self.folder / "config.yaml").exists():
+            fail(f"{self.folder} holds a run already: --resume it, choose another --name or --seed, or remove it")
+
+    def close(self) -> None:
+        """Give back signals, log and folder."""
+        for number, handler in self.taken.items():
+            signal.signal(number, handler)
+        self.taken = {}
+        for file in filter(None, (self.metrics_file, self.lock)):
+            file.close()
+
+    def request(self, number: int, frame: Any) -> None:
+        """A signal asks for a checkpoint, or for the end: soon, and if it comes again a second later, at once."""
+        if number in SAVES:
+            self.save_wanted = 1
+        elif not self.stop_signal:
+            self.stop_signal, self.stop_time = number, time.monotonic()
+            with contextlib.suppress(OSError):  # a print may be what the signal has interrupted
+                os.write(2, b"\nstopping when this update or training episode is over (again: at once)\n")
+        elif time.monotonic() > self.stop_time + 1:
+            on_signals(signal.SIG_DFL, *STOPS)
+            raise SystemExit(f"stopped at once; to go on from the last checkpoint: {self.resume_command()}")
+
+    def resume_command(self) -> str:
+        return shlex.join(["python", __file__, "--resume", str(self.folder)])
 
     def save(self, name: str = "checkpoint.pt") -> None:
-        for key, value in self.agent.state_dict().items():
+        for key, value in (self.agent.state_dict() | self.coefficient.state_dict()).items():
             if not torch.isfinite(value).all():
                 fail(f"{key} is not finite at step {self.step}, the run has diverged: try a smaller learning rate")
-        self.metrics_size, self.saved_step = self.metrics_file.tell(), self.step
-        self.peak_memory_mb = max(self.peak_memory_mb, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        self.saved_step = self.step
+        self.metrics_file.flush()
         os.fsync(self.metrics_file.fileno())
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())
         torch.save(self.state_dict(), stream := io.BytesIO())
         write_whole(self.folder / name, stream.getbuffer())
 
-    def save_if_due(self) -> None:
-        """Called wherever a run can be continued from: between updates, online between episodes."""
-        if self.stop_signal or self.step - self.saved_step >= self.config.checkpoint_frequency:
+    def save_if_due(self, within_episode: bool = False) -> None:
+        """Called wherever a run can be continued from: between updates, online between episodes.
+
+        Within one only where its end may be far: without a time limit, or long after the signal. From there a resumed
+        run begins with a new episode: only the simulator's state is lost.
+        """
+        stop = self.stop_signal
+        if within_episode and self.time_limit and not (stop and time.monotonic() > self.stop_time + PATIENCE):
+            return
+        due = self.step - self.saved_step >= self.config.checkpoint_frequency * (1 + within_episode)
+        if self.save_wanted or stop or due:
+            self.save_wanted = 0
             self.save()
-        if self.stop_signal:
-            tqdm.write(f"saved; to go on: python {sys.argv[0]} --resume {self.folder}", file=sys.stderr)
-            raise SystemExit(128 + self.stop_signal)
+        if stop:
+            where = "within an episode, which is lost; " if within_episode else ""
+            tqdm.write(f"saved; {where}to go on: {self.resume_command()}", file=sys.stderr)
+            raise SystemExit(128 + stop)
 
     def bar(self, phase: str, total: int, done: int) -> tqdm:
         self.clock, self.clock_step = time.perf_counter(), self.step
@@ -1353,7 +1602,9 @@ class Run:
     def report(self, phase: str, step: int, metrics: dict[str, torch.Tensor], bar: tqdm) -> None:
         """After every step: move the bar, and evaluate and write a row of metrics.csv when due."""
         bar.update()
-        evaluates = phase != "coefficient" and (step % self.config.eval_frequency == 0 or step == bar.total)
+        due = step % self.config.eval_frequency == 0 or step == bar.total
+        due |= phase == "online" and step == 10_000 < self.config.eval_frequency  # for switch_drop
+        evaluates = phase != "coefficient" and due
         if not evaluates and step % self.config.log_frequency and step != bar.total:
             return
         row = {name: value.item() for name, value in metrics.items()}
@@ -1387,8 +1638,9 @@ class Run:
         """Write the last checkpoint and summary.json (fields in the README), and print the closing table."""
         self.save()
         offline = [score for online, _, score, _ in self.evaluations if not online] or [math.nan]
-        steps, online = zip(*([x[1:3] for x in self.evaluations if x[0]] or [(0, math.nan)]))
-        early = [score for step, score in zip(steps, online) if step <= 10_000] or [math.nan]
+        every, total = [x[1:3] for x in self.evaluations if x[0]] or [[0, math.nan]], self.step - self.switch
+        early = [score for step, score in every if step <= 10_000] or [math.nan]
+        steps, online = zip(*(x for x in every if x[0] % self.config.eval_frequency == 0 or x[0] == total))
         train = np.array(self.train_episodes or [[0, math.nan, math.nan]])
         recent = min(np.searchsorted(train[:, 0], [0, *steps][-6:][0]), len(train) - 1)  # since before the last five
         unit = 100 if self.env.normalized else math.nan
@@ -1397,10 +1649,10 @@ class Run:
         scores |= {"switch_drop": offline[-1] - min(early), "regret": 1 - np.mean(online) / unit}
         scores |= {"train_return": train[:, 2].mean(), "train_regret": 1 - train[:, 1].mean() / unit}
         summary = {name: float(score) if math.isfinite(score) else None for name, score in scores.items()}
-        summary |= {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb}
+        summary |= {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb or None}
         summary |= asdict(self.config) | {"algorithm": self.algorithm.ALGORITHM, "device": self.device}
         if "cuda" in self.device:
-            summary["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            summary["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated(self.device) / 2**20
         summary = {name: str(value) if value in (math.inf, -math.inf) else value for name, value in summary.items()}
         write_whole(self.folder / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
         if self.wandb:
@@ -1414,14 +1666,16 @@ class Run:
 def start_wandb(config: Any, folder: Path, algorithm: str) -> Any:
     """A wandb run, named and grouped as CORL's are; without a key, one line says what to do."""
     group, name = config.group or f"{algorithm}-{config.env}", f"{config.name}-{config.env}-seed{config.seed}"
-    key = f"{zlib.crc32(str(folder.resolve()).encode()):08x}"  # of the folder, so that a resumed run goes on
+    key = folder / "wandb_id"  # the run's own, so that a resumed one goes on
+    if not key.exists():
+        write_whole(key, uuid.uuid4().hex[:8].encode())
     try:
         import wandb
 
-        names = {"project": config.project, "group": group, "name": name, "id": key}
+        names = {"project": config.project, "group": group, "name": name, "id": key.read_text()}
         return wandb.init(**names, resume="allow", dir=folder, config=asdict(config))
     except Exception as error:
-        fail(f"wandb: {str(error)[:200]}; run `wandb login`, or set WANDB_MODE=offline, or leave out --wandb true")
+        fail(f"wandb: {reason(error)[:200]}; run `wandb login`, or set WANDB_MODE=offline, or leave out --wandb true")
 
 
 # --- Training loop
@@ -1463,6 +1717,7 @@ def finetune_online(run: Run) -> None:
             observation, over = env.reset(derive_seed(config.seed, "episode", run.episode)), False
             run.episode += 1
             while not over and run.step < end:
+                run.save_if_due(within_episode=True)
                 step, times = run.step - run.switch + 1, [time.perf_counter()]
                 action = agent.act(observation, deterministic=False)
                 times.append(time.perf_counter())
@@ -1500,7 +1755,7 @@ def compiles(config: Any, device: str) -> bool:
         torch.compile(torch.sin)(torch.ones(8, device=device))
         return True
     except Exception as error:
-        why = " ".join(f"torch.compile needs a C++ compiler such as g++; it does not work here: {error}"[:300].split())
+        why = f"torch.compile needs a C++ compiler such as g++; it does not work here: {reason(error)[:200]}"
     if config.compile == "true":
         fail(f"{why}; --compile false does without")
     tqdm.write(why)
@@ -1514,64 +1769,78 @@ def guidance_weight(config: Any, step: int) -> float:
 
 
 def train(run: Run) -> None:
-    """A whole run, or the rest of one."""
+    """A whole run, or the rest of one. `run` cannot be used again."""
     config, algorithm = run.config, run.algorithm
-    if not config.resume and (run.folder / "config.yaml").exists():
-        fail(f"{run.folder} holds a run already: --resume it, choose another --name or --seed, or remove it")
-    last = run.folder / "checkpoint.pt"
-    resumes = bool(config.resume) and last.is_file()  # a run stopped before its first checkpoint starts again
-    if resumes or config.offline_checkpoint:
-        source = last if resumes else Path(config.offline_checkpoint)
-        try:
-            run.load_state_dict(load_checkpoint(source, algorithm), whole=resumes)
-        except (RuntimeError, ValueError, KeyError) as error:
-            fail(f"{source} does not fit this run: {str(error)[:300]}")
-    else:
-        run.load_dataset()
-    run.open_log()
-    agent, coefficient, n, compiled = run.agent, run.coefficient, config.batch_size, compiles(config, run.device)
-    if compiled:
-        agent.compile_update()
-    how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"
-    tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s), {how}")
-    offline, switch = config.offline_iterations, run.switch
-    if run.step < offline:
-        train_on_dataset(run, "offline", 0, offline, lambda data, step: agent.update(data.sample(n), guided=False))
-    if run.step < switch:
-        train_on_dataset(run, "coefficient", offline, switch, coefficient.fit_step)
-        coefficient.fit(run.dataset)
-    if run.buffer is None:
-        run.save("offline_checkpoint.pt")
-        run.save()
-    finetune_online(run)
-    run.finish()
+    try:
+        run.refuse_old_run()  # here for a quick answer, again when the folder is locked
+        if run.state:
+            try:
+                run.load_state_dict(run.state, whole=run.resumes)
+            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                fail(f"{run.source} does not fit this run: {reason(error)}")
+            run.state = None
+        else:
+            run.load_dataset()
+        run.open_log()
+        agent, coefficient, n, compiled = run.agent, run.coefficient, config.batch_size, compiles(config, run.device)
+        if compiled:
+            agent.compile_update()
+        how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"
+        tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s), {how}")
+        offline, switch = config.offline_iterations, run.switch
+        if run.step < offline:
+            train_on_dataset(run, "offline", 0, offline, lambda data, step: agent.update(data.sample(n), guided=False))
+        if run.step < switch:
+            train_on_dataset(run, "coefficient", offline, switch, coefficient.fit_step)
+            coefficient.fit(run.dataset)
+        if run.buffer is None:
+            run.save("offline_checkpoint.pt")
+            run.save()
+        finetune_online(run)
+        run.finish()
+    finally:
+        run.close()
 
 
 # --- Main
 def main(algorithm: type, config_class: type, run_class: type) -> None:
     """Command line: train, --resume, or --eval_only."""
-    config = parse_config(config_class, sys.argv[1:])
-    if config.eval_only:
-        checkpoint = load_checkpoint(Path(config.eval_only), algorithm)
-        given = {name: getattr(config, name) for name in ("device", "threads", "n_test_episodes", "eval_seed")}
-        config = config_class(**checkpoint["config"] | given)
-        torch.set_num_threads(config.threads)
-        env = Environment(config.env, ends_at_goal=False)
-        agent = algorithm(config, env, choose_device(config.device))
-        agent.load_state_dict(checkpoint["agent"])
-        result = evaluate(agent, env, config.n_test_episodes, config.eval_seed)
-        return print(f"{config.env}, {config.n_test_episodes} episodes: {json.dumps(result)}")
-    if config.resume:
-        own = ["--config", str(Path(config.resume) / "config.yaml")]
-        saved, config = parse_config(config_class, own), parse_config(config_class, [*own, *sys.argv[1:]])
-        changed = {name for name, value in asdict(config).items() if getattr(saved, name) != value}
-        if forbidden := sorted(changed - {"resume", "device", "threads", "wandb", "checkpoint_frequency"}):
-            fail(f"--resume continues a run with its own configuration; {', '.join(forbidden)} cannot change")
+    on_signals(signal.SIG_IGN, *SAVES)  # until there is something to save
+    on_signals(end_quietly, *STOPS)
     try:
+        config = parse_config(config_class, sys.argv[1:], given := set())
+        if config.eval_only:
+            return print(score_checkpoint(config, given, algorithm))
+        if config.resume:
+            own = ["--config", str(Path(config.resume) / "config.yaml")]
+            config = parse_config(config_class, [*own, *sys.argv[1:]], given)
+        config.given = given
         torch.set_num_threads(config.threads)
         train(run_class(config, algorithm))
     except OSError as error:
-        fail(f"{error}; what was saved before is whole: make room or give access, then --resume the run's folder")
+        what = "what was saved before is whole: make room or give access, then --resume the run's folder"
+        fail(f"{reason(error)}; {what}")
+    finally:
+        on_signals(signal.SIG_DFL, *STOPS)  # everything is saved
+
+
+def score_checkpoint(config: Any, given: set[str], algorithm: type) -> str:
+    """--eval_only: the policy's score, in its own task; what is given beside that must be as in the checkpoint."""
+    path, own = Path(config.eval_only), {"eval_only", "device", "threads", "n_test_episodes", "eval_seed"}
+    checkpoint = load_checkpoint(path, algorithm)
+    found = different(checkpoint["config"], config)
+    if forbidden := [text for name, text in found.items() if name in given - own]:
+        fail(f"--eval_only scores {path} as it is, with {'; '.join(forbidden)}: leave that out")
+    config = replace(checkpoint["config"], **{name: getattr(config, name) for name in own})
+    torch.set_num_threads(config.threads)
+    env = Environment(config.env, ends_at_goal=False)
+    agent = algorithm(config, env, choose_device(config.device))
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as error:
+        fail(f"{path} does not fit {config.env}: {reason(error)}")
+    result = evaluate(agent, env, config.n_test_episodes, config.eval_seed)
+    return f"{config.env}, {config.n_test_episodes} episodes: {json.dumps(result)}"
 
 
 if __name__ == "__main__":

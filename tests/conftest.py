@@ -88,7 +88,7 @@ def options(settings):
 def run_main(algorithm, run_class, *words, **settings):
     """The command line of an algorithm's file in this process, which saves the imports of a new one."""
     module = sys.modules[algorithm.__module__]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words), *options(settings)])
         try:

@@ -1,5 +1,6 @@
 """Whatever goes wrong ends in one line that begins with "error: " and names the fault, and a non-zero exit status."""
 
+import fcntl
 import importlib.util
 import os
 import re
@@ -82,11 +83,11 @@ BAD_CONFIGURATION = {
     "unknown field": ("--learning_rats 1", ["learning_rats", "did you mean learning_rate?"]),
     "no value": ("--samg", ["--samg"]),
     "stray word": ("hopper", ["hopper"]),
-    "float for int": ("--offline_iterations 1e6", ["offline_iterations", "1e6", "int"]),
     "fraction for int": ("--offline_iterations 1.5", ["offline_iterations", "1.5"]),
     "word for int": ("--batch_size x", ["batch_size", "'x'", "int"]),
     "word for float": ("--gamma x", ["gamma", "'x'", "float"]),
     "bad boolean": ("--samg maybe", ["samg", "maybe", "true", "false"]),
+    "home folder": ("--dataset ~/no/such.hdf5", [os.path.expanduser("~/no/such.hdf5")]),
     "negative number": ("--batch_size -1", ["batch_size", "negative", "-1"]),
     "zero": ("--log_frequency 0", ["log_frequency", "at least 1"]),
     "nan": ("--learning_rate nan", ["learning_rate", "finite", "nan"]),
@@ -103,6 +104,8 @@ BAD_CONFIGURATION = {
     "fade without an end": ("--guidance_fade true", ["guidance_fade", "guidance_steps"]),
     "no such GPU": ("--device cuda:99", ["cuda:99", "--device auto"]),
     "no such device": ("--device banana", ["banana", "--device auto"]),
+    "device without memory": ("--device meta", ["meta", "--device auto"]),
+    "minus infinity": ("--learning_rate -inf", ["learning_rate", "-inf"]),
     "resume of nothing": ("--resume nowhere", ["nowhere"]),
     "score of nothing": ("--eval_only nowhere.pt", ["nowhere.pt", "no such file"]),
     "no offline checkpoint": ("--offline_checkpoint nowhere.pt", ["nowhere.pt", "no such file"]),
@@ -127,7 +130,8 @@ BAD_YAML = {
     "empty": ("", ["no 'field: value' lines", "YAML"]),
     "words": ("just words\n", ["no 'field: value' lines", "YAML"]),
     "list": ("- 1\n- 2\n", ["no 'field: value' lines", "YAML"]),
-    "float for int": ("offline_iterations: 1e6\n", ["offline_iterations", "1e6", "int"]),
+    "home folder": ("dataset: ~/no/such.hdf5\n", [os.path.expanduser("~/no/such.hdf5")]),
+    "list for text": ("name: [a, b]\n", ["name", "plain value"]),
     "fraction for int": ("offline_iterations: 1.5\n", ["offline_iterations", "1.5"]),
     "null": ("learning_rate:\n", ["learning_rate", "float"]),
     "bad boolean": ("samg: 3\n", ["samg", "3", "true", "false"]),
@@ -303,6 +307,104 @@ def test_offline_checkpoint_and_dataset_disagree(run, refused, hopper_columns, t
     refused([other, "not the data set"], offline_checkpoint=source, **(TINY | corl))
 
 
+def test_resume_with_an_edited_configuration(run, refused, tmp_path):
+    folder = shutil.copytree(run / "halted", tmp_path / "halted")
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("gamma: 0.99", "gamma: 0.9"))
+    refused(["gamma", "0.99", "cannot change"], "--resume", folder)
+
+
+def test_resume_of_less_than_was_done(run, refused):
+    refused(["online_iterations", "59", "60"], "--resume", run / "finished", online_iterations=59)
+
+
+LOGS = {
+    "shortened": lambda content: content[:-9],
+    "emptied": lambda content: b"",
+    "deleted": None,
+    "edited": lambda content: content.replace(b"offline", b"0ffline"),
+}
+
+
+@pytest.mark.parametrize("damage", LOGS.values(), ids=LOGS)
+def test_log_that_is_not_as_it_was(damage, run, refused, tmp_path):
+    folder = shutil.copytree(run / "finished", tmp_path / "finished")
+    path = folder / "metrics.csv"
+    path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
+    refused([path, "copy", "--name"], "--resume", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
+
+
+def test_folder_in_use(run, refused, tmp_path):
+    folder = shutil.copytree(run / "halted", tmp_path / "halted")
+    with open(folder / "run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 12345 on host\n")
+        lock.flush()
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        refused([folder, "in use by process 12345"], "--resume", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def put_in(*keys):
+    """A change of a checkpoint: the last of these at the place that the others lead to."""
+    *place, name, value = keys
+
+    def change(state):
+        for key in place:
+            state = state[key]
+        state[name] = value
+
+    return change
+
+
+FORGED = {  # of the finished run's checkpoint: what is changed, what is named
+    "older format": (lambda state: state.pop("format"), ["format 1"]),
+    "other format": (put_in("format", 99), ["format 99"]),
+    "no progress": (lambda state: state.pop("progress"), ["no progress"]),
+    "negative step": (put_in("progress", "step", -5), ["step", "-5"]),
+    "step too far": (put_in("progress", "step", 10**6), ["999940", "online_iterations"]),
+    "step before the switch": (put_in("progress", "step", 10), ["step", "buffer"]),
+    "step of text": (put_in("progress", "step", "60"), ["step", "'60'"]),
+    "no episode": (lambda state: state["progress"].pop("episode"), ["episode"]),
+    "odd log": (put_in("progress", "train_episodes", [[1]]), ["train_episodes"]),
+    "odd size": (put_in("progress", "metrics_size", [1]), ["metrics_size"]),
+    "pointer too far": (put_in("buffer", "pointer", 10**6), ["pointer", "1000000"]),
+    "other buffer": (put_in("buffer", "rows", torch.zeros(60, 3)), ["buffer"]),
+    "nan": (put_in("agent", "actor.log_std", torch.full((3,), torch.nan)), ["actor.log_std", "not finite"]),
+    "other network": (put_in("agent", "actor.log_std", torch.zeros(4)), ["actor.log_std"]),
+    "other moments": (put_in("actor", "state", 0, "exp_avg", torch.zeros(2)), ["actor", "moments"]),
+    "no random state": (put_in("random_cpu", torch.zeros(3)), ["does not fit"]),
+    "other seed": (put_in("config", "seed", 1), ["seed", "cannot change"]),
+    "other fields": (put_in("config", "color", "red"), ["other fields", "color"]),
+    "impossible field": (put_in("config", "batch_size", -1), ["batch_size", "-1"]),
+}
+
+
+@pytest.mark.parametrize("change, names", FORGED.values(), ids=FORGED)
+def test_forged_checkpoint(change, names, run, refused, tmp_path):
+    folder = shutil.copytree(run / "finished", tmp_path / "finished")
+    path = folder / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"}
+    refused([path, *names], "--resume", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "run.lock"} == before
+
+
+def test_flipped_bit_in_a_checkpoint(run, refused, tmp_path):
+    folder = shutil.copytree(run / "finished", tmp_path / "finished")
+    path = folder / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    values = torch.load(path, weights_only=True)["agent"]["actor.mean.0.weight"].numpy().tobytes()
+    content[content.index(values) + 5] ^= 1
+    path.write_bytes(content)
+    refused([path, "damaged"], "--resume", folder)
+    refused([path, "damaged"], eval_only=path)
+
+
 DAMAGE = {
     "cut off": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",
@@ -336,10 +438,20 @@ def test_foreign_checkpoint(content, refused, tmp_path):
     refused(["foreign.pt"], eval_only=tmp_path / "foreign.pt")
 
 
-@pytest.mark.parametrize("change", [{"hidden_dim": 24}, {"vae_hidden_dim": 24}, {"env": "HalfCheetah-v4"}], ids=str)
+@pytest.mark.parametrize("change", [{"hidden_dim": 24}, {"env": "HalfCheetah-v4"}], ids=str)
 def test_offline_checkpoint_of_other_networks(change, run, refused, hopper_file):
     source = run / "finished" / "offline_checkpoint.pt"
     refused([source, "does not fit"], offline_checkpoint=source, **(TINY | change), dataset=hopper_file)
+
+
+def test_offline_checkpoint_of_another_offline_phase(run, refused):
+    source, other = run / "finished" / "offline_checkpoint.pt", {"reward_scale": 10, "normalize": "false"}
+    refused([source, "normalize True", "reward_scale 1.0"], offline_checkpoint=source, **(TINY | other))
+
+
+def test_score_in_another_task(run, refused):
+    source = run / "finished" / "checkpoint.pt"
+    refused([source, "env", "Hopper-v4", "HalfCheetah-v4"], eval_only=source, env="HalfCheetah-v4", n_test_episodes=1)
 
 
 def test_offline_checkpoint_from_another_phase(run, refused, hopper_file):

@@ -6,14 +6,17 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -191,6 +194,147 @@ def test_stopped_run_resumes(number, stopped, finished, call):
     assert_same_run(folder, finished.folder)
 
 
+def signalled(call, awac, moment, *numbers, **settings):
+    """What a run ends with, or None, that gets signals at a (phase, step)."""
+    report = awac.Run.report
+
+    def report_and_signal(run, phase, step, *rest):
+        report(run, phase, step, *rest)
+        if (phase, step) == moment:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(awac.Run, "report", report_and_signal)
+        try:
+            call(**settings)
+        except SystemExit as stop:
+            return stop.code
+
+
+QUICK = TINY | SHORT | {"env": "Pendulum-v1", "coefficient": "none", "offline_iterations": 40, "eval_frequency": 1000}
+
+
+@pytest.fixture(scope="module")
+def pendulum_file(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("pendulum") / "pendulum.hdf5", roll_out("Pendulum-v1", 600))
+
+
+def test_three_signals_at_once_are_one(call, awac, pendulum_file, capsys, tmp_path):
+    settings = QUICK | {"dataset": pendulum_file, "runs_dir": tmp_path / "a b", "online_iterations": 0}
+    assert signalled(call, awac, ("offline", 11), *[signal.SIGTERM] * 3, **settings) == 128 + signal.SIGTERM
+    folder = only_folder(tmp_path)
+    assert checkpoint(folder)["progress"]["step"] == 11
+    words = shlex.split([line for line in capsys.readouterr().err.splitlines() if "to go on: " in line][-1])
+    assert words[-3:] == [str(SCRIPT), "--resume", str(folder)]
+
+
+def test_a_signal_saves_and_the_run_goes_on(call, awac, pendulum_file, tmp_path):
+    settings = QUICK | {"dataset": pendulum_file, "runs_dir": tmp_path, "checkpoint_frequency": 10**6}
+    with copies_at([("offline", 13)], awac.Run, tmp_path):
+        assert signalled(call, awac, ("offline", 11), signal.SIGUSR1, **settings) is None
+    assert checkpoint(tmp_path / "offline13")["progress"]["step"] == 11
+    assert checkpoint(only_folder(tmp_path / "Pendulum-v1"))["progress"]["step"] == 200
+
+
+@pytest.mark.parametrize("limit", [None, 10**6])
+def test_stop_where_no_episode_ends(limit, call, awac, pendulum_file, monkeypatch, tmp_path):
+    task = f"Endless{limit}-v0"
+    place = "gymnasium.envs.classic_control.pendulum:PendulumEnv"
+    monkeypatch.setitem(gymnasium.registry, task, gymnasium.envs.registration.EnvSpec(task, place))
+    gymnasium.registry[task].max_episode_steps = limit
+    monkeypatch.setattr(awac, "evaluate", lambda *arguments: {"score": 0.0, "return": 0.0})
+    monkeypatch.setattr(awac, "PATIENCE", 0)  # which counts only where there is a limit
+    settings = QUICK | {"env": task, "dataset": pendulum_file, "runs_dir": tmp_path, "checkpoint_frequency": 30}
+    with copies_at([("online", 70)], awac.Run, tmp_path):
+        assert signalled(call, awac, ("online", 73), signal.SIGTERM, **settings) == 128 + signal.SIGTERM
+    folder = only_folder(tmp_path / task)
+    assert checkpoint(folder)["progress"]["step"] == 40 + 73  # within a step
+    assert len(checkpoint(folder)["buffer"]["rows"]) == 73
+    assert checkpoint(tmp_path / "online70")["progress"]["step"] == (40 if limit else 100)  # each second time
+    call("--resume", folder)
+    assert checkpoint(folder)["progress"] | {"step": 200, "episode": 2} == checkpoint(folder)["progress"]
+    assert len(rows(folder, "online")) == 8
+
+
+def test_signals_are_given_back(awac, pendulum_file, tmp_path):
+    """train() as a library's: in the main thread it takes the signals for its time, in others none."""
+    values = QUICK | {"dataset": str(pendulum_file), "runs_dir": str(tmp_path), "online_iterations": 0}
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    awac.train(awac.Run(awac.TrainConfig(**values, name="main"), awac.AWAC))
+    with ThreadPoolExecutor() as pool:
+        pool.submit(lambda: awac.train(awac.Run(awac.TrainConfig(**values, name="thread"), awac.AWAC))).result()
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    main, thread = (tmp_path / "Pendulum-v1" / f"{name}-seed0" for name in ("main", "thread"))
+    assert rows(main) == rows(thread)
+
+
+def test_a_system_without_posix(pendulum_file, tmp_path):
+    """As on Windows: no flock, no resource, no SIGUSR1."""
+    program = "import runpy, signal, sys; sys.modules |= {'fcntl': None, 'resource': None}; del signal.SIGUSR1; "
+    program += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    settings = QUICK | {"dataset": pendulum_file, "runs_dir": tmp_path, "online_iterations": 0}
+    process = subprocess.run(command("-c", program, SCRIPT, **settings), capture_output=True, text=True, timeout=100)
+    assert process.returncode == 0, process.stderr
+    assert (process.stdout + process.stderr).count("cannot be locked") == 1
+    assert json.loads((only_folder(tmp_path) / "summary.json").read_text())["peak_memory_mb"] is None
+
+
+def test_memory_in_megabytes(awac, monkeypatch):
+    used = SimpleNamespace(ru_maxrss=300 * 2**20)
+    monkeypatch.setattr(awac, "resource", SimpleNamespace(getrusage=lambda who: used, RUSAGE_SELF=0))
+    for platform, megabytes in (("darwin", 300), ("linux", 300 * 2**10)):
+        monkeypatch.setattr(awac, "sys", SimpleNamespace(platform=platform))
+        assert awac.peak_memory_mb() == megabytes
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_two_processes_at_once_are_one_run(resumed, snapshots, pendulum_file, finished, tmp_path):
+    words = command(SCRIPT, **QUICK | {"dataset": pendulum_file, "runs_dir": tmp_path / "runs"})
+    if resumed:
+        words = command(SCRIPT, "--resume", shutil.copytree(snapshots / "offline130", tmp_path / "runs"))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(words, **pipes) for _ in range(2)]
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 1], errors
+    last = errors[processes[0].returncode == 0].splitlines()[-1]
+    other = processes[processes[1].returncode == 0].pid
+    assert last.startswith("error: ") and (f"in use by process {other}" in last or "holds a run already" in last)
+    if resumed:
+        assert_same_run(tmp_path / "runs", finished.folder)
+
+
+@pytest.mark.parametrize("arm", [{}, {"samg": "false"}], ids=str)
+def test_extending_a_finished_run(arm, call, pendulum_file, tmp_path):
+    settings = QUICK | arm | {"dataset": pendulum_file, "runs_dir": tmp_path, "checkpoint_frequency": 10**6}
+    call(**settings | {"online_iterations": 40})
+    folder = only_folder(tmp_path)
+    short = rows(folder)
+    moved = shutil.move(pendulum_file, tmp_path / "moved.hdf5")  # and its data set may have another place
+    call("--resume", folder, online_iterations=160, dataset=moved)
+    shutil.move(moved, pendulum_file)
+    assert rows(folder)[: len(short)] == short and len(rows(folder, "online")) == 8
+    buffer, summary = checkpoint(folder)["buffer"], json.loads((folder / "summary.json").read_text())
+    assert len(buffer["rows"]) == 160 == summary["online_iterations"] and summary["dataset"] == str(moved)
+    rewards = buffer["rows"][:, 4]
+    assert len(rewards.unique()) > 150  # no row was written over another
+    assert f"dataset: {moved}" in (folder / "config.yaml").read_text()
+
+
+def test_a_late_evaluation_is_preceded_by_one(awac, monkeypatch):
+    """switch_drop needs a score from the first 10,000 online steps; the other figures are as without it."""
+    monkeypatch.setattr(awac, "evaluate", lambda *arguments: {"score": 1.0, "return": 1.0})
+    bar = SimpleNamespace(update=lambda: None, set_postfix=lambda **fields: None, total=40_000)
+    for frequency, steps in ((20_000, [10_000, 20_000, 40_000]), (8_000, [8_000 * i for i in range(1, 6)])):
+        run = awac.Run(awac.TrainConfig(env="Pendulum-v1", eval_frequency=frequency, samg=False), awac.AWAC)
+        run.buffer, run.clock, run.clock_step = run.new_buffer(10), 0.0, 0
+        run.metrics, run.metrics_file = SimpleNamespace(writerow=lambda row: None), SimpleNamespace(flush=lambda: None)
+        run.buffer.add(np.zeros(3), np.zeros(1), 0.0, np.zeros(3), False, 0.0)
+        for step in range(2_000, 40_001, 2_000):
+            run.report("online", step, {}, bar)
+        assert [row[1] for row in run.evaluations] == steps
+
+
 def test_resuming_a_finished_run_does_no_harm(finished, call, tmp_path):
     folder = shutil.copytree(finished.folder, tmp_path / "again")
     call("--resume", folder)
@@ -273,7 +417,9 @@ def without_coefficient(call, hopper_file, tmp_path_factory):
 
 
 def test_checkpoint_without_coefficient_gets_one_fitted_first(without_coefficient, call, hopper_file, tmp_path):
-    folder = start_online(call, without_coefficient, tmp_path, **(SHORT | {"dataset": hopper_file}))
+    folder = start_online(
+        call, without_coefficient, tmp_path, offline_iterations=60, **(SHORT | {"dataset": hopper_file})
+    )
     assert [row["phase"] for row in rows(folder)] == ["coefficient"] * 8 + ["online"] * 8
     assert numbers(folder, "online", "p_mean")[-1] > 0
     assert checkpoint(folder)["coefficient"]["count"] >= 1500
@@ -283,7 +429,7 @@ def test_run_from_a_checkpoint_stopped_at_once_resumes(without_coefficient, call
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    settings = SHORT | {"dataset": hopper_file, "online_iterations": 20}
+    settings = SHORT | {"dataset": hopper_file, "online_iterations": 20, "offline_iterations": 60}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(awac.Run, "report", stop)  # in the C-VAE's first step, before any checkpoint
         start_online(call, without_coefficient, tmp_path, **settings)
@@ -329,7 +475,40 @@ def test_a_run_stopped_while_it_fits_another_coefficient_resumes(awac, call, hop
     assert folder.name == "awac-samg-likelihood-seed0"
 
 
+def test_what_is_not_given_comes_from_the_offline_checkpoint(finished, awac, call, hopper_file, tmp_path):
+    source, short = finished.folder / "offline_checkpoint.pt", {"online_iterations": 0, "n_test_episodes": 1}
+    call(offline_checkpoint=source, dataset=hopper_file, runs_dir=tmp_path, coefficient="none", tau=0.1, **short)
+    config = checkpoint(only_folder(tmp_path))["config"]
+    assert (config["env"], config["hidden_dim"], config["offline_iterations"]) == ("Hopper-v4", 32, 200)
+    assert (config["batch_size"], config["tau"], config["log_frequency"]) == (32, 0.1, 1000)
+    saved = awac.parse_config(awac.TrainConfig, ["--config", str(only_folder(tmp_path) / "config.yaml")])
+    assert awac.asdict(saved) == config
+
+
 # --- Other tasks and places
+def test_text_stays_as_it_is_written(awac, tmp_path):
+    names = ("007", "off", "12:30", "1_000", "~", "null", "1e3")
+    for name in names:
+        (tmp_path / "file.yaml").write_text(f"name: {name}\ngroup: {name}\n")
+        from_file = awac.parse_config(awac.TrainConfig, ["--config", str(tmp_path / "file.yaml")])
+        from_line = awac.parse_config(awac.TrainConfig, ["--name", name, f"--group={name}"])
+        assert from_file == from_line and (from_file.name, from_file.group) == (name, name)
+    words = ["--reward_bias", "-1e-1", "--offline_iterations", "1e6", "--dataset", "~/x", "--runs_dir", "~/y"]
+    config = awac.parse_config(awac.TrainConfig, words)
+    assert (config.reward_bias, config.offline_iterations) == (-0.1, 1_000_000)
+    assert (config.dataset, config.runs_dir) == (os.path.expanduser("~/x"), os.path.expanduser("~/y"))
+
+
+def test_wandb_id_belongs_to_the_run(awac, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **settings: settings["id"]))
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    first = awac.start_wandb(awac.TrainConfig(), tmp_path / "a", "awac_samg")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    (tmp_path / "a").mkdir()
+    again, other = (awac.start_wandb(awac.TrainConfig(), tmp_path / name, "awac_samg") for name in ("moved", "a"))
+    assert first == again != other
+
+
 def test_any_gymnasium_task(call, capsys, tmp_path):
     data = write_dataset(tmp_path / "pendulum.hdf5", roll_out("Pendulum-v1", 600))
     short = {"offline_iterations": 20, "vae_iterations": 20, "online_iterations": 80, "device": "auto"}
@@ -360,7 +539,7 @@ def declared_pins():
 
 
 def test_file_imports_only_what_it_declares():
-    declared = {re.match(r"[\w-]+", pin)[0] for pin in declared_pins()}
+    declared = {{"pyyaml": "yaml"}.get(name := re.match(r"[\w-]+", pin)[0], name) for pin in declared_pins()}
     optional = {"gym", "d4rl", "d4rl_envs", "minari"}
     tree = ast.parse(SCRIPT.read_text())
     for node in ast.walk(tree):

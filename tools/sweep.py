@@ -428,11 +428,13 @@ def attempt(order: dict[str, Any], number: int, of: int) -> dict[str, Any]:
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with open(folder / "run.lock", "a+") as taken:  # by the run itself, perhaps one that no sweep started
+                    fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    lock.seek(0)
-                    return {"busy": f"its folder is in use by {lock.read().strip() or 'another process'}", "node": node}
+                    found = [text for name in ("run.lock", "lock") if (text := (folder / name).read_text().strip())]
+                    return {"busy": f"its folder is in use by {(*found, 'another process')[0]}", "node": node}
                 time.sleep(0.5)
         if (folder / "summary.json").is_file():  # finished meanwhile, by that other process
             return {"status": 0, "node": node}
