@@ -1445,7 +1445,8 @@ def quantiles(values: torch.Tensor, shares: tuple[float, ...]) -> list[float]:
     """Of (n,) values; of more than torch takes, the nearest value, not one between two."""
     if len(values) <= 2**24:
         return torch.quantile(values, torch.tensor(shares, device=values.device)).tolist()
-    return [values.kthvalue(1 + round(share * (len(values) - 1))).values.item() for share in shares]
+    ordered = values.sort().values
+    return [ordered[round(share * (len(values) - 1))].item() for share in shares]
 
 
 class Run:
