@@ -557,7 +557,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
     ADMITTED = {"multiarray._reconstruct": lambda *_: PickledArray(0), "multiarray.scalar": pickled_scalar}
     ADMITTED |= {"numpy.ndarray": None, "numpy.dtype": PickledType, "_codecs.encode": pickled_bytes}
-    ADMITTED |= {"collections.OrderedDict": dict}
+    ADMITTED |= {"__builtin__.bytes": lambda: b"", "collections.OrderedDict": dict}
 
     def find_class(self, module: str, name: str) -> Any:
         key = f"{re.sub(r'^numpy[.](_?core)[.]', '', module)}.{name}"
@@ -595,7 +595,7 @@ def continuity_breaks(rows: np.ndarray, s: int, a: int) -> np.ndarray:
     """(n,) bool of load_dataset's rows: where s' lies far from s, or the next row's state far from s'.
 
     Columns count in units of their usual step. Far is five times what four fifths of all steps stay below; between s'
-    and the next state, which are equal in most files, a tenth of that step, if rounding does not reach it.
+    and the next state, which are equal in most files, a tenth of that step and ten times what rounding makes of it.
     """
     sample, states, successors = rows[:: 1 + len(rows) // 100_000], rows[:, :s], rows[:, s + a + 1 : -3]
     deviations = sample[:, :s].std(0, dtype=np.float64)
@@ -608,9 +608,8 @@ def continuity_breaks(rows: np.ndarray, s: int, a: int) -> np.ndarray:
         with np.errstate(over="ignore"):
             steps[start : start + 8192] = (((there - here) * scale) ** 2).sum(1)
             gaps[start : start + len(after)] = (((there[: len(after)] - after) * scale) ** 2).sum(1)
-    usual, noise = (np.quantile(found, 0.8) for found in (steps, gaps))
-    usual = usual or np.inf  # states that hardly ever move tell nothing
-    return (steps > 25 * usual) | (gaps > max(25 * noise, 0.01 * usual))
+    usual = np.quantile(steps, 0.8) or np.inf  # states that hardly ever move tell nothing
+    return (steps > 25 * usual) | (gaps > max(100 * np.median(gaps), 0.01 * usual))
 
 
 def guess_timeouts(terminals: np.ndarray, breaks: np.ndarray, limit: int) -> np.ndarray:
