@@ -18,7 +18,6 @@ how well the offline data knew it, p(s, a), Eq. (1). IQL (Kostrikov et al., 2022
 # ]
 # ///
 
-import codecs
 import contextlib
 import copy
 import csv
@@ -30,6 +29,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -69,8 +69,10 @@ except ImportError:  # Windows
 @dataclass
 class TrainConfig:
     # --- Task
-    env: str = "hopper-medium-v2"  # D4RL name or Gymnasium id with a Box action space; empty: a Minari data set's own
+    env: str = ""  # D4RL name, or Gymnasium id with a Box action space; empty: a Minari set's own, or hopper-medium-v2
     dataset: str = ""  # HDF5 file in D4RL's layout, folder, or minari:<id>; empty: D4RL's own, found or downloaded
+    clip_actions: bool = False  # clip the data's actions to the action space, instead of refusing those outside
+    max_episode_steps: int = 0  # episodes end there; 0: at the task's own limit (without one, evaluations at 1,000)
     seed: int = 0  # seeds networks, batches, exploration and every training episode's reset
     eval_seed: int = 0  # seeds the evaluation episodes: the same start states for every evaluation and every run
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
@@ -159,11 +161,10 @@ class TrainConfig:
 
 
 def check_config(config: Any) -> None:
-    """Take a Minari data set's environment where none is given; raise ValueError for a value that no run can use."""
+    """Name the environment where none is given; raise ValueError for a value that no run can use."""
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
-    if str(config.dataset).startswith("minari:") and config.env in ("", type(config).env):
-        config.env = config.dataset
+    config.env = config.env or (config.dataset if str(config.dataset).startswith("minari:") else "hopper-medium-v2")
     at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations", "fit_hidden_dim")
     at_least_1 += ("fit_iterations",)
     shares = ("p_threshold", "p_share", "vae_mean_weight", "mastered_share", "gamma", "tau")
@@ -269,9 +270,26 @@ REFERENCE_RETURNS = {
     **{"pen": (96.262799, 3076.8331017826877), "door": (-56.512833, 2880.5693087298737)},
     **{"relocate": (-6.425911, 4233.877797728884)},
 }
+D4RL_NAMES = "(hopper|halfcheetah|walker2d)-(random|medium|expert|medium-replay|full-replay|medium-expert)-v[0-2]"
+D4RL_NAMES += "|antmaze-(umaze|medium|large)(-play|-diverse)?-v[0-2]|(pen|door|relocate)-(human|cloned|expert)-v[01]"
+D4RL_NAMES += "|(pen|door|relocate)-binary-v0|(Hopper|HalfCheetah|Walker2d)-v[2-5]"
 LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
 DATASET_HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 COLUMN_ORDER = ("rewards", "terminals", "timeouts", "observations", "actions", "next_observations")  # as they are read
+
+
+LARGEST = 1e15  # of states, actions, rewards: sums of squares still fit float32
+
+
+def d4rl_family(task: str) -> str:
+    """hopper, antmaze, pen, ... where D4RL's scores apply: to its own names, and Gymnasium's three robots; else ''."""
+    return task.split("-")[0].lower() if re.fullmatch(D4RL_NAMES, task) else ""
+
+
+def seed_global_streams(seed: int) -> None:
+    """Of Python and numpy: nothing here draws from them, but a simulator may."""
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
@@ -286,41 +304,77 @@ class Environment:
     As in Cal-QL, the goal ends these, a dropped pen does not; evaluations go on, for the whole dense return [ours].
     """
 
-    def __init__(self, name: str, ends_at_goal: bool = True, **options: Any) -> None:
+    def __init__(self, name: str, ends_at_goal: bool = True, max_steps: int = 0, **options: Any) -> None:
         self.ends_at_goal = ends_at_goal
+        seed_global_streams(0)  # a simulator may draw from them while it is made
         self.env, self.old_api = make_simulator(name, options)
-        task = self.env.spec.id if name.startswith("minari:") else name
-        self.name, self.family, self.binary = name, task.split("-")[0].lower(), "-binary-" in task
+        spec = getattr(self.env, "spec", None)
+        task = spec.id if name.startswith("minari:") else name
+        self.name, self.family = name, d4rl_family(task)
+        self.binary = bool(self.family) and "-binary-" in task
         self.counts_success = self.binary or self.family == "antmaze"
         self.normalized = self.counts_success or self.family in REFERENCE_RETURNS
-        states, actions = self.env.observation_space, self.env.action_space
-        if len(states.shape or ()) != 1 or len(actions.shape or ()) != 1 or not actions.is_bounded():
-            fail(f"{name} needs flat observations and bounded continuous actions, it has {states} and {actions}")
+        self.check_spaces(self.env.observation_space, self.env.action_space)
+        own_limit = getattr(spec, "max_episode_steps", None) or 0
+        if 0 < own_limit < max_steps:
+            fail(f"max_episode_steps {max_steps} is above the time limit of {name}, {own_limit}")
+        self.time_limit = self.max_steps = max_steps or own_limit  # 0: none
+        if not self.time_limit and not ends_at_goal:
+            self.max_steps = 1000
+            limits = "an evaluation's episodes stop after 1,000 steps, training's only by themselves"
+            tqdm.write(f"warning: {name} has no time limit: {limits}; max_episode_steps sets one for both")
+
+    def check_spaces(self, states: Any, actions: Any) -> None:
+        """Take the spaces' sizes and the actions' bounds, if a policy of these files can fill them."""
+        low, high = (np.asarray(getattr(actions, side, np.nan), np.float32) for side in ("low", "high"))
+        flat = all(len(space.shape or ()) == 1 and space.shape[0] for space in (states, actions))
+        if not flat or not np.isfinite((low, high)).all() or not np.issubdtype(actions.dtype, np.floating):
+            fail(f"{self.name} needs flat observations and bounded continuous actions, it has {states} and {actions}")
+        if (bad := np.flatnonzero((low >= high) | (np.maximum(-low, high) > 1e9))).size:
+            bounds = f"its action {bad[0]} lies between {low[bad[0]]:g} and {high[bad[0]]:g}"
+            fail(f"{self.name}: {bounds}; bounds must differ and lie within 1e9: wrap the task so that they do")
         self.obs_dim, self.act_dim = states.shape[0], actions.shape[0]
-        self.action_low, self.action_high = actions.low.astype(np.float32), actions.high.astype(np.float32)
+        self.action_low, self.action_high = low, high
 
     def reset(self, seed: int) -> np.ndarray:
         """Start the episode that belongs to this seed. Returns the first observation, (obs_dim,) float32."""
-        self.episode_return, self.solved = 0.0, False
-        if not self.old_api:
-            return np.asarray(self.env.reset(seed=seed)[0], np.float32)
-        # On antmaze the seed stops at a wrapper, and the goal comes from numpy's own stream.
-        for simulator in (self.env, getattr(self.env.unwrapped, "_wrapped_env", self.env)):
-            simulator.seed(seed)
-        np.random.seed(seed)
-        return np.asarray(self.env.reset(), np.float32)
+        self.episode_return, self.solved, self.steps = 0.0, False, 0
+        seed_global_streams(seed)  # on D4RL's antmaze the goal comes from numpy's
+        try:
+            if not self.old_api:
+                return self.read(self.env.reset(seed=seed)[0])
+            # There, the seed stops at a wrapper, too.
+            for simulator in (self.env, getattr(self.env.unwrapped, "_wrapped_env", self.env)):
+                simulator.seed(seed)
+            return self.read(self.env.reset())
+        except Exception as error:
+            fail(f"{self.name}: reset() failed, {type(error).__name__}: {error}")
+
+    def read(self, observation: Any, reward: float = 0.0) -> np.ndarray:
+        """A copy of the observation as (obs_dim,) float32, a column or not: simulators may write into theirs."""
+        found = np.array(observation, np.float32).ravel()
+        if len(found) != self.obs_dim:
+            fail(f"{self.name} returned an observation of shape {np.shape(observation)}, not ({self.obs_dim},)")
+        if not (abs(reward) <= LARGEST and np.abs(found).max() <= LARGEST):
+            what = f"a reward or an observation that is not finite, or beyond {LARGEST:g}"
+            fail(f"{self.name} returned {what}: the simulation is unstable")
+        return found
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """Returns (observation, reward, terminated, truncated); a time limit truncates, it does not terminate."""
+        try:
+            observation, reward, *ends, info = self.env.step(np.array(action))
+            reward = np.asarray(reward, float).item()
+            observation = self.read(observation, reward)
+        except Exception as error:
+            fail(f"{self.name}: step() failed, {type(error).__name__}: {error}")
         if self.old_api:
-            observation, reward, done, info = self.env.step(action)
             truncated = bool(info.get("TimeLimit.truncated", False))
-            terminated = done and not truncated
+            terminated = ends[0] and not truncated
         else:
-            observation, reward, terminated, truncated, info = self.env.step(action)
-        observation, reward = np.asarray(observation, np.float32), float(reward)
-        if not (math.isfinite(reward) and np.isfinite(observation).all()):
-            fail(f"{self.name} returned a reward or an observation that is not finite: the simulation is unstable")
+            terminated, truncated = ends
+        self.steps += 1
+        truncated = truncated or self.steps == self.max_steps
         self.episode_return += reward
         solved = bool(info["goal_achieved"]) if self.binary else reward > 0
         self.solved |= solved
@@ -338,33 +392,43 @@ class Environment:
 
 def make_simulator(name: str, options: dict[str, Any]) -> tuple[Any, bool]:
     """The simulator of that name, from gym with d4rl (then True: the old interface) or from Gymnasium."""
-    env_id = name.replace("binary-v0", "cloned-v1")
+    family = d4rl_family(name)
+    env_id = name.replace("binary-v0", "cloned-v1") if family else name
     try:
         if name.startswith("minari:"):
             return open_minari(name).recover_environment(**options), False
-        if all(importlib.util.find_spec(module) for module in ("gym", "d4rl")):
-            os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
-            import d4rl.gym_mujoco  # noqa: F401  by name: without mjrl, d4rl's own import stops before it
-            import gym
-            from d4rl.locomotion import maze_env
-
-            maze_env.print = lambda *args, **kwargs: None  # it prints the goal at every reset
-            if env_id in gym.envs.registry.env_specs:
-                return gym.make(env_id), True
+        if (gym := import_old_stack()) and env_id in gym.envs.registry.env_specs:
+            return gym.make(env_id), True
         import gymnasium
 
         if (spec := importlib.util.find_spec("d4rl_envs")) and spec.origin:  # None: a folder, such as the checkout's
             import d4rl_envs  # noqa: F401  (registers D4RL's names)
-        elif env_id.startswith(tuple(LOCOMOTION)):
+        elif family in LOCOMOTION and env_id[0].islower():
             tqdm.write(f"{env_id}: without d4rl or d4rl_envs it runs on Gymnasium's v4, whose physics differ slightly")
-            env_id = LOCOMOTION[env_id.split("-")[0]]
-        elif env_id.startswith(("antmaze-", "pen-", "door-", "relocate-")):
+            env_id = LOCOMOTION[family]
+        elif family and env_id[0].islower():
             raise ValueError("it needs D4RL's simulators: install d4rl_envs, or gym 0.23.1 with d4rl")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
             return gymnasium.make(env_id, **options), False
     except Exception as error:
-        fail(f"cannot make the environment {name!r}: {error}")
+        fail(f"cannot make the environment {name!r}: {reason(error)}")
+
+
+def import_old_stack() -> Any:
+    """gym, where it and d4rl are installed and can be imported; None, said once, where they cannot."""
+    try:
+        if not all(importlib.util.find_spec(module) for module in ("gym", "d4rl")):
+            return None
+        os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
+        import d4rl.gym_mujoco  # noqa: F401  by name: without mjrl, d4rl's own import stops before it
+        import gym
+        from d4rl.locomotion import maze_env
+
+        maze_env.print = lambda *args, **kwargs: None  # it prints the goal at every reset
+        return gym if gym.envs.registry.env_specs else None
+    except Exception as error:
+        tqdm.write(f"warning: gym and d4rl cannot be imported, so Gymnasium is used ({reason(error)[:200]})")
 
 
 def dataset_address(env: str) -> str:
@@ -391,7 +455,7 @@ def find_dataset(env: str, dataset: str) -> Path | str:
     names = list(dict.fromkeys([Path(address).name or f"{env}.hdf5", f"{env}.hdf5"]))  # D4RL's own name first
     if found := [folder / name for folder in folders for name in names if (folder / name).is_file()]:
         return found[0]
-    if "-binary-" in env:
+    if "-binary-" in env and d4rl_family(env):
         if missing := [str(path) for path in binary_files(folders[0], env) if not path.is_file()]:
             fail(f"{env} needs Cal-QL's {' and '.join(missing)}; name the folder of such files with --dataset")
         return folders[0]
@@ -411,23 +475,24 @@ def find_dataset(env: str, dataset: str) -> Path | str:
         aside.replace(path)
         return path
     except Exception as error:
-        fail(f"could not download {address} ({error}); put the file into {path.parent} by hand, or {alternatives}")
+        why = f"could not download {address} ({reason(error)})"
+        fail(f"{why}; put the file into {path.parent} by hand, or {alternatives}")
     finally:
         aside.unlink(missing_ok=True)
 
 
 def read_hdf5(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The columns of a file in D4RL's raw layout, one at a time; next_observations only if it has them."""
+    """The columns of a file in D4RL's raw layout, one at a time; timeouts, next_observations only if it has them."""
     try:
         with h5py.File(path) as file:
-            if missing := sorted({*COLUMN_ORDER} - file.keys() - {"next_observations"}):
-                fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}")
+            if missing := sorted({*COLUMN_ORDER} - file.keys() - {"next_observations", "timeouts"}):
+                fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}, but {', '.join(file)}")
             for key in (key for key in COLUMN_ORDER if key in file):
                 if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
                     fail(f"{path}: {key} is not an array of numbers")
                 yield key, file[key][()]
     except OSError as error:
-        fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({error})")
+        fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({reason(error)})")
 
 
 def join_episodes(episodes: list[tuple]) -> Iterator[tuple[str, np.ndarray]]:
@@ -444,7 +509,8 @@ def open_minari(name: str) -> Any:
 
         return minari.load_dataset(name.removeprefix("minari:"), download=True)
     except Exception as error:
-        fail(f'cannot open {name}: {error} (install: pip install "minari[hf]"; here already: minari list local)')
+        install = 'install: pip install "minari[hf]"; here already: minari list local'
+        fail(f"cannot open {name}: {reason(error)} ({install})")
 
 
 def read_minari(name: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -453,10 +519,18 @@ def read_minari(name: str) -> Iterator[tuple[str, np.ndarray]]:
         fail(f"{name} has no flat observations, they are {dataset.observation_space}")
     try:
         every = tqdm(dataset.iterate_episodes(), name, dataset.total_episodes, leave=False, delay=1)
-        columns = [(e.observations, e.actions, e.rewards, e.terminations) for e in every]
-        return join_episodes([(r, d, s[:-1], a, s[1:]) for s, a, r, d in columns])
+        episodes = []
+        for e in every:
+            s, a, r, d = e.observations, e.actions, e.rewards, e.terminations
+            if not len(s) - 1 == len(a) == len(r) == len(d):
+                raise ValueError(
+                    f"episode {e.id} has {len(s)} observations, {len(a)} actions, {len(r)} rewards and {len(d)} "
+                    "terminations; it needs one observation more than the others"
+                )
+            episodes.append((r, d, s[:-1], a, s[1:]))
+        return join_episodes(episodes)
     except Exception as error:
-        fail(f"cannot read {name}: {error}")
+        fail(f"cannot read {name}: {reason(error)}")
 
 
 def binary_files(folder: Path, env: str) -> list[Path]:
@@ -465,16 +539,57 @@ def binary_files(folder: Path, env: str) -> list[Path]:
     return [folder / f"{hand}2_sparse.npy", folder / f"{hand}_bc_sparse4.npy"]
 
 
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy's arrays and scalars beside Python's own kinds of values: any other pickle could run code."""
+class PickledType:
+    """What stands for a dtype in a pickle: only plain numbers, and objects that stand in a list."""
 
-    ADMITTED = {"ndarray": np.ndarray, "dtype": np.dtype, "encode": codecs.encode, "OrderedDict": dict}
-    ADMITTED |= {"_reconstruct": np.empty(0).__reduce__()[0], "scalar": np.float64().__reduce__()[0]}
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch("[biuf][0-9]{1,2}|O8?", code):
+            raise pickle.UnpicklingError(f"it holds {code!r} values, not only arrays of numbers")
+        self.code = code[0] if code[0] == "O" else code
+
+    def __setstate__(self, state: tuple) -> None:
+        self.code = (">" if state[1] == ">" else "") + self.code.lstrip(">")
+
+
+class PickledArray(np.ndarray):
+    """What stands for an array in a pickle: numpy fills it, from bytes of just its size or from a list."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, is_fortran, content = state
+        if type(kind) is not PickledType or min(shape, default=0) < 0:
+            raise pickle.UnpicklingError("an array's shape or kind is none")
+        dtype = np.dtype(kind.code)
+        held, width = (list, 1) if dtype.hasobject else (bytes, dtype.itemsize)
+        if type(content) is not held or len(content) != math.prod(shape) * width:
+            raise pickle.UnpicklingError("an array's content does not fit its shape")
+        super().__setstate__((1, tuple(shape), dtype, bool(is_fortran), content))
+
+
+def pickled_scalar(kind: PickledType, content: bytes) -> Any:
+    array = PickledArray(0)
+    array.__setstate__((1, (), kind, False, content))
+    return array[()]
+
+
+def pickled_bytes(text: str, encoding: str) -> bytes:
+    return text.encode("latin1")  # as protocol 2 writes bytes
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Admits arrays of numbers, and lists of such, beside Python's own kinds of values: other pickles could run code.
+
+    No function of numpy's is called with what the file says: those trust it, and read whatever address it names.
+    """
+
+    ADMITTED = {"multiarray._reconstruct": lambda *_: PickledArray(0), "multiarray.scalar": pickled_scalar}
+    ADMITTED |= {"numpy.ndarray": None, "numpy.dtype": PickledType, "_codecs.encode": pickled_bytes}
+    ADMITTED |= {"__builtin__.bytes": lambda: b"", "collections.OrderedDict": dict}
 
     def find_class(self, module: str, name: str) -> Any:
-        if name not in self.ADMITTED:
+        key = f"{re.sub(r'^numpy[.](_?core)[.]', '', module)}.{name}"
+        if key not in self.ADMITTED:
             raise pickle.UnpicklingError(f"it holds {module}.{name}, not only arrays")
-        return self.ADMITTED[name]
+        return self.ADMITTED[key]
 
 
 def read_binary(folder: Path, env: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -502,12 +617,41 @@ def read_binary(folder: Path, env: str) -> Iterator[tuple[str, np.ndarray]]:
     return join_episodes(episodes) if episodes else fail(f"no trajectory in {folder} solves {env}")
 
 
-def load_dataset(path: Path | str, env: Environment) -> tuple[np.ndarray, np.ndarray]:
+def continuity_breaks(rows: np.ndarray, s: int, a: int) -> np.ndarray:
+    """(n,) bool of load_dataset's rows: where s' lies far from s, or the next row's state far from s'.
+
+    Columns count in units of their usual step. Far is five times what four fifths of all steps stay below; between s'
+    and the next state, which are equal in most files, a tenth of that step and ten times what rounding makes of it.
+    """
+    sample, states, successors = rows[:: 1 + len(rows) // 100_000], rows[:, :s], rows[:, s + a + 1 : -3]
+    deviations = sample[:, :s].std(0, dtype=np.float64)
+    units = np.maximum(np.median(np.abs(sample[:, s + a + 1 : -3] - sample[:, :s]), axis=0), 0.02 * deviations)
+    moving = deviations > 1e-6 * (1 + np.abs(sample[0, :s]))  # the others are constant
+    scale = np.divide(1, units, out=np.zeros(s), where=moving).astype(np.float32)
+    steps, gaps = np.zeros((2, len(rows)), np.float32)
+    for start in range(0, len(rows) if moving.any() else 0, 8192):  # a block at a time stays in the cache
+        there, here, after = (x[start : start + 8192] for x in (successors, states, states[1:]))
+        with np.errstate(over="ignore"):
+            steps[start : start + 8192] = (((there - here) * scale) ** 2).sum(1)
+            gaps[start : start + len(after)] = (((there[: len(after)] - after) * scale) ** 2).sum(1)
+    usual = np.quantile(steps, 0.8) or np.inf  # states that hardly ever move tell nothing
+    return (steps > 25 * usual) | (gaps > max(100 * np.median(gaps), 0.01 * usual))
+
+
+def guess_timeouts(terminals: np.ndarray, breaks: np.ndarray, limit: int) -> np.ndarray:
+    """(n,) bool for a file without timeouts: ends are where the states break off, or after `limit` steps (0: none)."""
+    index, ends = np.arange(len(terminals)), terminals | breaks
+    first = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), index, 0))  # row of each row's episode
+    return ~terminals & (breaks | ((index - first + 1) % limit == 0 if limit else False))
+
+
+def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Read a data set: HDF5 in D4RL's raw layout, `minari:<id>`, or a folder; what does not fit ends the program.
 
-    Returns the transitions as rows [s | a | r | s' | d | 0 | 0], (n, 2 obs_dim + act_dim + 4) float32, and the complete
-    episodes' returns. A timeout is no terminal. In a file without next_observations the next row is the successor; then
-    a timeout's row has none and is dropped, as is a last row that ends no episode.
+    Returns the transitions as rows [s | a | r | s' | d | 0 | end], (n, 2 obs_dim + act_dim + 4) float32, and the
+    complete episodes' returns; `end` is 1 on the last row of an episode's. A timeout is no terminal. In a file without
+    next_observations the next row is the successor; then a timeout's row has none and is dropped, as is a last row that
+    ends no episode. Flags are truth values: whatever is not 0 is true.
     """
     if str(path).startswith("minari:"):
         columns = read_minari(path)
@@ -523,25 +667,45 @@ def load_dataset(path: Path | str, env: Environment) -> tuple[np.ndarray, np.nda
             if not array.size:
                 fail(f"{path} is empty")
         needed = rows[places.get(key, places["rewards"])].shape
+        if array.shape == (*needed, 1):
+            array = array[..., 0]
         if array.shape != needed:
             fail(f"{path}: {key} has shape {array.shape}; {env.name} needs {needed}")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf
             array = array.astype(np.float32, copy=False)
-        if not np.isfinite(array).all():
-            fail(f"{path}: {key} is not finite in row {np.argwhere(~np.isfinite(array))[0][0]}")
+        if not (array.max() <= LARGEST and array.min() >= -LARGEST):
+            row = np.argwhere(~(np.abs(array) <= LARGEST))[0][0]
+            fail(f"{path}: {key} is not finite, or beyond {LARGEST:g}, in row {row}")
         if key == "actions" and (excess := max((array - env.action_high).max(), (env.action_low - array).max())) > 1e-3:
-            fail(f"{path}: actions go {excess:.3g} beyond the action space of {env.name}")
+            if not clip_actions:
+                fail(f"{path}: actions go {excess:.3g} beyond the action space of {env.name}; clip_actions clips them")
+            array = array.clip(env.action_low, env.action_high)
         if key == "timeouts":
             timeouts = array.astype(bool)
         else:
-            rows[places[key]] = array
-    terminals = rows[places["terminals"]].astype(bool)
-    ends = np.flatnonzero(terminals | timeouts)
-    returns = np.diff(np.append(0, rows[places["rewards"]].cumsum(dtype=np.float64)[ends]))
-    if key != "next_observations":
+            rows[places[key]] = array.astype(bool) if key == "terminals" else array
+    terminals, knows_successors = rows[places["terminals"]].astype(bool), key == "next_observations"
+    if not knows_successors:
         rows[places["next_observations"]] = np.roll(rows[places["observations"]], -1, axis=0)
-        keep = ~timeouts
-        keep[-1] &= terminals[-1]
+    breaks = continuity_breaks(rows, s, a)
+    breaks[-1], guessed = False, timeouts is None
+    if guessed:
+        timeouts = guess_timeouts(terminals, breaks, env.time_limit)
+        rule = "where the states break off" + (f" or after {env.time_limit} steps" if env.time_limit else "")
+        tqdm.write(f"{path} has no timeouts: guessed {timeouts.sum():,}, {rule}")
+    ends = terminals | timeouts
+    returns = np.diff(np.append(0, rows[places["rewards"]].cumsum(dtype=np.float64)[np.flatnonzero(ends)]))
+    if (strays := np.flatnonzero(breaks & ~ends)).size:
+        found = f"after {strays.size:,} rows inside episodes, first row {strays[0]}, the states do not go on"
+        if guesses := knows_successors and not timeouts.any():  # the rows stay, but no return runs across
+            ends |= breaks
+        rule = "as no timeout is set, episodes end there" if guesses else "does an episode's last row lack its timeout?"
+        tqdm.write(f"warning: {path}: {found}: {rule}")
+    keep = np.ones(len(rows), bool) if knows_successors else terminals | ~timeouts
+    keep[-1] &= terminals[-1] or knows_successors
+    ends |= np.append(~keep[1:], True)
+    rows[:, -1] = ends
+    if not keep.all():
         kept = np.flatnonzero(keep)
         for start in range(0, len(kept), 100_000):
             block = kept[start : start + 100_000]
@@ -562,7 +726,9 @@ def reward_transform(env: Environment, episode_returns: np.ndarray, config: Any)
         return config.reward_scale, config.reward_bias or (-1.0 if config.normalize_reward else 0.0)
     if env.family not in LOCOMOTION or len(episode_returns) < 2 or np.ptp(episode_returns) == 0:
         fail(f"{env.name}: normalize_reward needs antmaze, or locomotion with complete episodes of different returns")
-    scale = env.env.spec.max_episode_steps / float(np.ptp(episode_returns))
+    if not (limit := config.max_episode_steps or env.env.spec.max_episode_steps):
+        fail(f"{env.name}: normalize_reward needs a time limit: set max_episode_steps")
+    scale = limit / float(np.ptp(episode_returns))
     return scale * config.reward_scale, config.reward_bias
 
 
@@ -742,7 +908,12 @@ class ConditionalVAE(nn.Module):
         mean, std = self.encode(batch.states, batch.actions)
         z = mean + std * torch.randn_like(std)
         error = self.decoder(torch.cat([z, batch.states, batch.actions], dim=1)) - batch.next_states
-        return error.square().mean(), -0.5 * (1 + 2 * std.log() - mean**2 - std**2).mean()
+        return error.square().mean(), gaussian_kl(mean, std)
+
+
+def gaussian_kl(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL to N(0, 1), mean over rows and dimensions."""
+    return -0.5 * (1 + 2 * std.log() - mean**2 - std**2).mean()
 
 
 def offline_degree(outputs, mean, cov, whitening, mean_weight: float, tail: str) -> torch.Tensor:
@@ -791,6 +962,7 @@ class LearnedCoefficient(nn.Module):
     """
 
     PREFIX = "fit_"  # of the fields that the fit depends on, beside p_share
+    REMEDY = "fit longer, or set p_share in place of p_threshold (docs/coefficient.md)"
 
     def __init__(self, config: Any, obs_dim: int, act_dim: int) -> None:
         super().__init__()
@@ -806,7 +978,7 @@ class LearnedCoefficient(nn.Module):
         return self.probe_states, self.probe_actions, self.probe_next_states
 
     def keep_probe(self, offline: Batch) -> None:
-        every = torch.linspace(0, len(offline.p) - 1, len(self.probe_states), device=offline.p.device).long()
+        every = evenly_spaced(len(offline.p), len(self.probe_states)).to(offline.p.device)
         for kept, columns in zip(self.probe(), offline.triple()):
             kept.copy_(columns[every])
 
@@ -844,6 +1016,9 @@ class LearnedCoefficient(nn.Module):
             p = torch.cat([self.degree(*chunk) for chunk in chunks(*held.triple())])
             self.share_threshold.copy_(p.topk(max(1, round(share * len(p)))).values[-1])
         self.keep_probe(dataset.stored())
+        passing, intended = (self(*self.probe()) > 0).float().mean().item(), share or 1 - self.config.p_threshold
+        if passing < intended / 2:
+            tqdm.write(f"warning: p > 0 on {passing:.1%} of the data, {intended:.0%} were intended: {self.REMEDY}")
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -878,6 +1053,7 @@ class VAECoefficient(LearnedCoefficient):
     """p^vae(s, a), Section 3.3: `vae`, updated online (Appendix B.1.4), or `static`, not."""
 
     PREFIX = "vae_"
+    REMEDY = "fit longer, or bring states that are large or far from 0 to the order of 1 (docs/coefficient.md)"
 
     def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
         super().__init__(config, obs_dim, act_dim)
@@ -928,6 +1104,11 @@ class VAECoefficient(LearnedCoefficient):
     def calibrate(self, offline: Batch, held_out: Batch) -> None:
         """Fit the normals to all offline rows."""
         self.learn_rows(offline)
+        target, parts = self.config.vae_kl_target, chunks(offline.states, offline.actions)
+        kl = sum(gaussian_kl(*self.vae.encode(*part)).item() * len(part[0]) for part in parts) / len(offline.p)
+        if target and not target / 2 < kl < 2 * target:
+            aim = f"{kl:.2g} at the end of its fit, {target:g} is its target, and its weight beta is {self.beta:.2g}"
+            tqdm.write(f"warning: the C-VAE's KL is {aim}: {self.REMEDY}")
 
 
 def chunks(*columns: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -985,8 +1166,13 @@ class CalibratedCoefficient(LearnedCoefficient):
         """Keep quantiles of what no fit_step has seen."""
         strangeness = (self.strangeness(*self.standardise(*chunk)) for chunk in chunks(*held_out.triple()))
         scores = torch.cat([*strangeness]).sort().values
-        every = torch.linspace(0, len(scores) - 1, len(self.scores), device=scores.device).long()
+        every = evenly_spaced(len(scores), len(self.scores)).to(scores.device)
         self.scores.copy_(scores[every]), self.count.fill_(len(scores))
+
+
+def evenly_spaced(n: int, k: int) -> torch.Tensor:
+    """k of n row numbers, from the first to the last, which float32 cannot hold from 2^24 rows on."""
+    return torch.linspace(0, n - 1, k, dtype=torch.float32 if n <= 2**24 else torch.float64).long()
 
 
 def held_out(n: int) -> torch.Tensor:
@@ -1288,6 +1474,9 @@ def write_whole(path: Path, content: Any) -> None:
         aside.unlink(missing_ok=True)
 
 
+DIVERGED = "the run has diverged: try a smaller learning rate, or smaller states and rewards where these are large"
+
+
 def load_checkpoint(path: Path, algorithm: type) -> dict[str, Any]:
     """Read a checkpoint of this algorithm, tensors and plain values only; "config" becomes a TrainConfig."""
     try:
@@ -1370,11 +1559,20 @@ def choose_device(name: str) -> str:
         fail(f"no device {name!r} here ({reason(error)[:100]}); --device auto takes what there is")
 
 
+def quantiles(values: torch.Tensor, shares: tuple[float, ...]) -> list[float]:
+    """Of (n,) values; of more than torch takes, the nearest value, not one between two."""
+    if len(values) <= 2**24:
+        return torch.quantile(values, torch.tensor(shares, device=values.device)).tolist()
+    ordered = values.sort().values
+    return [ordered[round(share * (len(values) - 1))].item() for share in shares]
+
+
 class Run:
     """A run's state, folder and log. `step`, offline then coefficient updates then online, alone tells the phase."""
 
     PROGRESS = ("step", "episode", "metrics_size", "dataset_checksum", "reward_scale", "reward_bias", "evaluations")
     PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb", "collapsed")
+    CARRIED = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")  # over the switch, to another run
     # What a resumed run may change, and what one from an offline checkpoint may not
     RESUMABLE = {"resume", "device", "threads", "wandb", "checkpoint_frequency", "dataset", "online_iterations"}
     SETTLED = {"offline_iterations", "hidden_dim", "q_n_hidden_layers", "critic_layer_norm", "iql_deterministic"}
@@ -1394,8 +1592,9 @@ class Run:
         if not config.resume:
             place = Path(config.runs_dir) / config.env.replace("/", "-")
             self.folder = place / f"{config.name}-seed{config.seed}"
-        self.env, self.eval_env = Environment(config.env), Environment(config.env, ends_at_goal=False)
-        self.time_limit = getattr(self.env.env.spec, "max_episode_steps", None)
+        limit = {"max_steps": config.max_episode_steps}
+        self.env = Environment(config.env, **limit)
+        self.eval_env = Environment(config.env, ends_at_goal=False, **limit)
         torch.manual_seed(derive_seed(config.seed, "networks"))
         self.agent = algorithm(config, self.env, self.device)
         kind = COEFFICIENTS[config.coefficient if config.samg else "none"]
@@ -1487,8 +1686,8 @@ class Run:
         if not whole:
             if state["buffer"] or progress["step"] < saved.offline_iterations:
                 fail(f"{config.offline_checkpoint} is not from the switch: name a run's offline_checkpoint.pt")
-            names = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")
-            progress = {name: progress[name] for name in names} | {"step": config.offline_iterations}
+            progress = {name: progress[name] for name in self.CARRIED if name in progress}
+            progress["step"] = config.offline_iterations
             kind, fitted = type(self.coefficient), COEFFICIENTS[saved.coefficient if saved.samg else "none"]
             fits = fitted is kind and state["coefficient"].get("count", 0)
             if fits and kind.fit_settings(asdict(saved)) == kind.fit_settings(asdict(config)):
@@ -1523,8 +1722,11 @@ class Run:
         if not needed and not self.moved:
             return
         config, agent, path = self.config, self.agent, find_dataset(self.config.env, self.config.dataset)
-        rows, returns = load_dataset(path, self.env)
+        rows, returns = load_dataset(path, self.env, config.clip_actions)
+        self.episode_ends, rows[:, -1] = rows[:, -1] > 0, 0
         tqdm.write(f"{path}: {len(rows):,} transitions, {len(returns):,} complete episodes")
+        if self.coefficient.fit_iterations and self.coefficient.holds_out():
+            held_out(len(rows))  # ends here, not after the offline phase, where there are too few
         checksum = zlib.crc32(rows)
         if self.dataset_checksum not in (0, checksum):
             fail(f"{path} is not the data set that this run began with")
@@ -1636,7 +1838,7 @@ class Run:
     def save(self, name: str = "checkpoint.pt") -> None:
         for key, value in (self.agent.state_dict() | self.coefficient.state_dict()).items():
             if not torch.isfinite(value).all():
-                fail(f"{key} is not finite at step {self.step}, the run has diverged: try a smaller learning rate")
+                fail(f"{key} is not finite at step {self.step}: {DIVERGED}")
         self.saved_step = self.step
         self.metrics_file.flush()
         os.fsync(self.metrics_file.fileno())
@@ -1651,7 +1853,7 @@ class Run:
         run begins with a new episode: only the simulator's state is lost.
         """
         stop = self.stop_signal
-        if within_episode and self.time_limit and not (stop and time.monotonic() > self.stop_time + PATIENCE):
+        if within_episode and self.env.time_limit and not (stop and time.monotonic() > self.stop_time + PATIENCE):
             return
         due = self.step - self.saved_step >= self.config.checkpoint_frequency * (1 + within_episode)
         if self.save_wanted or stop or due:
@@ -1678,7 +1880,7 @@ class Run:
             return
         row = {name: value.item() for name, value in metrics.items()}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
-            fail(f"{bad[0]} is {row[bad[0]]} in {phase} step {step}: the run has diverged; try a smaller learning rate")
+            fail(f"{bad[0]} is {row[bad[0]]} in {phase} step {step}: {DIVERGED}")
         self.collapsed = self.collapsed + 1 if row.get("vae_kl", 1.0) < 1e-3 else 0
         if self.collapsed == 3:
             tqdm.write("warning: the C-VAE's KL stays below 1e-3: its posterior has collapsed, and p tells nothing")
@@ -1686,8 +1888,7 @@ class Run:
         row |= {"step": step, "phase": phase, "steps_per_second": round(rate, 1), **self.adapt_report}
         if phase == "online":
             p = self.buffer.stored().p
-            quantiles = torch.quantile(p, torch.tensor([0.1, 0.5, 0.9], device=p.device)).tolist()
-            row |= dict(zip(("p_q10", "p_q50", "p_q90"), quantiles)) | {"p_mean": p.mean().item()}
+            row |= dict(zip(("p_q10", "p_q50", "p_q90"), quantiles(p, (0.1, 0.5, 0.9)))) | {"p_mean": p.mean().item()}
             row |= {"p_share": (p > 0).float().mean().item(), "guidance_weight": self.agent.guidance_weight.item()}
             row["train_return"] = self.train_episodes[-1][2] if self.train_episodes else ""
         if evaluates:
@@ -1919,7 +2120,7 @@ def score_checkpoint(config: Any, given: set[str], algorithm: type) -> str:
         fail(f"--eval_only scores {path} as it is, with {'; '.join(forbidden)}: leave that out")
     config = replace(checkpoint["config"], **{name: getattr(config, name) for name in own})
     torch.set_num_threads(config.threads)
-    env = Environment(config.env, ends_at_goal=False)
+    env = Environment(config.env, ends_at_goal=False, max_steps=config.max_episode_steps)
     agent = algorithm(config, env, choose_device(config.device))
     try:
         agent.load_state_dict(checkpoint["agent"])

@@ -148,7 +148,6 @@ def test_yaml(text, names, refused, tmp_path):
 # --- Environments
 BAD_ENVIRONMENTS = {
     "Nope-v0": ["Nope", "environment"],
-    "": ["environment"],
     "CartPole-v1": ["CartPole-v1", "continuous actions", "Discrete(2)"],
     "FrozenLake-v1": ["FrozenLake-v1", "flat observations", "Discrete(16)"],
     "antmaze-umaze-v2": ["antmaze-umaze-v2", "D4RL's simulators", "install d4rl_envs"],
@@ -198,7 +197,8 @@ def put(row, value):
 
 
 BAD_DATA = {
-    "missing key": ({"timeouts": None}, ["D4RL's layout", "timeouts"]),
+    "missing key": ({"terminals": None}, ["D4RL's layout", "no terminals, but actions, next_observations"]),
+    "huge": ({"rewards": put(5, 1e20)}, ["rewards", "beyond 1e+15", "row 5"]),
     "missing keys": ({"rewards": None, "actions": None}, ["D4RL's layout", "actions, rewards"]),
     "unequal lengths": ({"actions": lambda a: a[:-5]}, ["actions", "(1495, 3)", "(1500, 3)"]),
     "observation width": ({"observations": lambda a: a[:, :-1]}, ["observations", "(1500, 10)", "(1500, 11)"]),
@@ -262,6 +262,13 @@ def test_reward_range_of_another_task(refused, tmp_path, hopper_columns):
     columns = edited(hopper_columns, terminals=np.zeros_like, timeouts=np.zeros_like)  # no complete episode
     data = write_dataset(tmp_path / "endless.hdf5", columns)
     refused(["normalize_reward", "complete episodes"], dataset=data, normalize_reward="true", **TINY)
+
+
+def test_too_few_rows_for_the_coefficient_are_found_before_the_offline_phase(refused, hopper_columns, tmp_path):
+    data = write_dataset(tmp_path / "few.hdf5", {name: array[:99] for name, array in hopper_columns.items()})
+    for settings in ({"coefficient": "likelihood"}, {"p_share": 0.5}):
+        refused(["at least 100 transitions", "99"], dataset=data, **TINY | settings)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_failed_download(refused, monkeypatch, tmp_path):

@@ -240,6 +240,49 @@ def test_offline_returns_without_next_observations(calql, tmp_path):
     assert batch.extra.tolist() == [2, 2, 8, 8, 64, 64]
 
 
+@pytest.mark.parametrize("successor", ["as recorded", "of the next episode", "rounded", "noisy"])
+def test_offline_returns_end_where_the_file_says(calql, tmp_path, successor):
+    columns = chain([1, 2, 4, 8, 16, 32], [0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], successors=True)
+    states, after = columns["observations"], columns["next_observations"]
+    kinds = {"of the next episode": np.roll(states, -1, 0), "rounded": after.astype(np.float16) + np.float16(0.01)}
+    columns["next_observations"] = (kinds | {"noisy": after + 1e-3}).get(successor, after)
+    assert load_columns(calql, tmp_path, columns).extra.tolist() == [2, 2, 8, 8, 32, 32]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_without_timeouts_the_ends_of_returns_are_guessed_and_that_is_said(calql, tmp_path, capsys, given):
+    columns = chain([1, 2, 4, 8, 16, 32], [0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], successors=True)
+    columns["timeouts"][:] = False
+    columns = columns if given else {name: column for name, column in columns.items() if name != "timeouts"}
+    assert load_columns(calql, tmp_path, columns).extra.tolist() == [2, 2, 8, 8, 32, 32]
+    assert ("episodes end there" if given else "no timeouts: guessed 1") in capsys.readouterr().out
+
+
+def test_the_failing_steps_reward_is_the_datas(calql, tmp_path):
+    """-1 a step and 0 at the goal; the first episode reaches it, the second fails."""
+    columns = chain([-1, 0, -1, -1], [0, 1, 0, 0], [0, 0, 0, 1], successors=True)
+    batch = load_columns(calql, tmp_path, columns, is_sparse_reward=True)
+    assert batch.extra.tolist() == [-1, 0, -2, -2]
+    batch = load_columns(calql, tmp_path, columns, is_sparse_reward=True, reward_scale=10.0, reward_bias=5.0)
+    assert batch.extra.tolist() == [-2.5, 5, -10, -10]
+
+
+@pytest.mark.parametrize("rewards", [[-1, -1, -1, -1], [-5, 0, -1, -1]])
+def test_rewards_of_no_sparse_task_are_refused_when_they_are_loaded(calql, tmp_path, rewards):
+    columns = chain(rewards, [0, 1, 0, 0], [0, 0, 0, 1], successors=True)
+    with pytest.raises(SystemExit, match="is_sparse_reward needs data of two rewards"):
+        load_columns(calql, tmp_path, columns, is_sparse_reward=True)
+
+
+def test_online_episodes_fail_by_the_reward_that_the_data_showed(calql):
+    run = make_run(calql, is_sparse_reward=True)
+    run.failing_reward = -1.0  # loaded with the checkpoint, in the arm that has left the data behind
+    play(run, [-1, -1])
+    play(run, [-1, 0])
+    assert run.buffer.stored().extra.tolist() == [-2, -2, -1, 0]
+    assert "failing_reward" in run.PROGRESS and "failing_reward" in run.CARRIED
+
+
 def test_offline_returns_use_the_scaled_rewards_and_the_sparse_rule(calql, tmp_path):
     columns = chain([0, 0, 0, 1, 0], [0, 0, 0, 1, 0], [0, 1, 0, 0, 0], successors=True)
     values = {"reward_scale": 10.0, "reward_bias": -5.0}

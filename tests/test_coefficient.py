@@ -292,6 +292,43 @@ def test_with_p_share_that_share_of_the_held_out_rows_passes(awac, kind, share):
     assert torch.equal(other(*dataset.batch(dataset.rows[held]).triple()), p)
 
 
+def fitted_on(awac, scale, offset, **values):
+    """A C-VAE's coefficient after a fit to 2,000 rows of linear dynamics whose states are scaled and moved."""
+    torch.manual_seed(0)
+    batch = make_batch(awac, 2000)
+    successors = batch.states + 0.1 * torch.tanh(batch.actions @ torch.ones(ACT, OBS))
+    batch = batch._replace(states=scale * batch.states + offset, next_states=scale * successors + offset)
+    sizes = {"vae_hidden_dim": 32, "batch_size": 128, "vae_iterations": 1500, "vae_learning_rate": 3e-3}
+    coefficient = awac.VAECoefficient(awac.TrainConfig(**sizes | values), OBS, ACT, "cpu")
+    dataset = make_dataset(awac, batch)
+    del dataset.sample  # random rows, as in a run
+    for step in range(coefficient.fit_iterations):
+        coefficient.fit_step(dataset, step)
+    coefficient.fit(dataset)
+
+
+def test_a_fit_that_missed_its_kl_is_reported_in_words(awac, capsys):
+    fitted_on(awac, 1.0, 0.0)
+    assert "warning" not in capsys.readouterr().out
+    fitted_on(awac, 1000.0, 1e6)
+    said = capsys.readouterr().out
+    assert "the C-VAE's KL is" in said and "0.03 is its target" in said and "the order of 1" in said
+
+
+@pytest.mark.parametrize(("share", "settings"), [(0.1, {}), (0.3, {}), (0.04, {"p_share": 0.09})])
+def test_a_threshold_that_few_rows_pass_is_reported_in_words(awac, capsys, monkeypatch, share, settings):
+    coefficient, dataset = (
+        make_coefficient(awac, p_threshold=0.6, **settings),
+        make_dataset(awac, make_batch(awac, 1000)),
+    )
+    monkeypatch.setattr(coefficient, "forward", lambda states, *_: (torch.arange(len(states)) < share * 1000).float())
+    coefficient.fit(dataset)
+    said = capsys.readouterr().out
+    assert (f"p > 0 on {share:.1%} of the data, {settings.get('p_share', 0.4):.0%} were intended" in said) == (
+        share < 0.2
+    )
+
+
 # --- Adaptive update
 REPORT = {"mastered_rows", "adapt_accepted"} | {
     f"p_{rows}_{when}" for rows in ("mastered", "known", "probe") for when in ("before", "after")

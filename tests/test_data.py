@@ -1,6 +1,8 @@
 """Reading data sets, finding and downloading them, reward normalisation, scores, and ends of episodes."""
 
 import http.server
+import random
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -8,13 +10,15 @@ import gymnasium
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 OBS, ACT = 2, 1
-ENV = SimpleNamespace(name="fake-v0", obs_dim=OBS, act_dim=ACT, action_low=np.full(1, -1.0), action_high=np.ones(1))
+BOUNDS = {"action_low": np.full(1, -1.0), "action_high": np.ones(1)}
+ENV = SimpleNamespace(name="fake-v0", obs_dim=OBS, act_dim=ACT, time_limit=0, **BOUNDS)
 
 
 # --- load_dataset
@@ -45,11 +49,14 @@ def slow_load(path):
             total = 0.0
         if "next_observations" in columns:
             successor = columns["next_observations"][i]
-        elif timeout or (i == n - 1 and not terminal):
+        elif not terminal and (timeout or i == n - 1):
+            if rows and rows[-1][0] == columns["observations"][i - 1]:
+                rows[-1][-1] = True  # the last of its episode that is kept
             continue
         else:
             successor = None if terminal else columns["observations"][i + 1]
-        rows.append((columns["observations"][i], columns["actions"][i], columns["rewards"][i], successor, terminal))
+        known = columns["observations"][i], columns["actions"][i], columns["rewards"][i], successor, terminal
+        rows.append([*known, terminal or timeout or i == n - 1])
     return rows, returns
 
 
@@ -61,9 +68,9 @@ def check_against_the_loop(awac, path):
         return None
     rows, returns = awac.load_dataset(path, ENV)
     assert rows.dtype == np.float32 and rows.shape == (len(expected), 2 * OBS + ACT + 4) and rows.flags["C_CONTIGUOUS"]
-    for row, (state, action, reward, successor, terminal) in zip(rows.tolist(), expected):
+    for row, (state, action, reward, successor, terminal, last) in zip(rows.tolist(), expected):
         s, a, r, s_next, d, rest = row[:2], row[2:3], row[3], row[4:6], row[6], row[7:]
-        assert (s, a, r, d, rest) == (state, [np.float32(action[0])], reward, float(terminal), [0.0, 0.0])
+        assert (s, a, r, d, rest) == (state, [np.float32(action[0])], reward, float(terminal), [0.0, last])
         assert successor is None or s_next == successor
     assert returns.tolist() == expected_returns
     return rows
@@ -89,7 +96,7 @@ def ends_of(text):
         ("..T..D..", False, [0, 1, 3, 4, 5, 6]),  # neither the timeout's row nor the last has a successor
         ("..T..D..", True, [0, 1, 2, 3, 4, 5, 6, 7]),
         ("..DDDDT.DDT", False, [0, 1, 2, 3, 4, 5, 7, 8, 9]),  # antmaze: a run of terminals at the goal
-        (".B..B", False, [0, 2, 3]),
+        (".B..B", False, [0, 1, 2, 3, 4]),  # a terminal needs no successor
         (".B..B", True, [0, 1, 2, 3, 4]),
         ("..D", False, [0, 1, 2]),
         ("..T", False, [0, 1]),
@@ -115,6 +122,112 @@ def test_returns_of_long_files_do_not_lose_precision(awac, tmp_path):
         file["rewards"][...] = np.float32(3.1)
     returns = awac.load_dataset(path, ENV)[1]
     np.testing.assert_allclose(returns, np.full(200, 1000 * float(np.float32(3.1))), rtol=1e-9)
+
+
+def columns_of(n, episode):
+    """Columns of n steps of a clock and a slow drift, which begin anew after every `episode` rows."""
+    states = np.stack([np.arange(n) % episode / 10, np.arange(n) // episode + np.arange(n) / 1000], axis=1)
+    last = np.arange(n) % episode == episode - 1
+    columns = {"observations": states, "actions": np.zeros((n, 1)), "rewards": np.ones(n)}
+    return columns | {"terminals": np.zeros(n, bool), "timeouts": last, "next_observations": states + (0.1, 0.001)}
+
+
+def load(awac, tmp_path, columns, env=ENV, **options):
+    with h5py.File(tmp_path / "file.hdf5", "w") as file:
+        for name, column in columns.items():
+            file[name] = column
+    return awac.load_dataset(tmp_path / "file.hdf5", env, **options)
+
+
+def without(columns, *names):
+    return {name: column for name, column in columns.items() if name not in names}
+
+
+@pytest.mark.parametrize("kind", [np.uint8(255), np.int64(-1), np.float32(0.5)], ids=str)
+@pytest.mark.parametrize("flag", ["terminals", "timeouts"])
+def test_flags_are_truth_values(awac, tmp_path, flag, kind):
+    columns = columns_of(40, 10)
+    truth = columns["timeouts"]
+    rows, returns = load(awac, tmp_path, columns | {"timeouts": np.zeros(40, bool), flag: truth * kind})
+    assert rows[:, -3].tolist() == (truth if flag == "terminals" else np.zeros(40)).tolist()
+    assert rows[:, -1].tolist() == truth.tolist() and returns.tolist() == [10.0] * 4
+
+
+@pytest.mark.parametrize("successors", [True, False])
+@pytest.mark.parametrize(
+    ("shift", "kept", "words"),
+    [
+        (0, True, None),
+        (1, True, "after 4 rows inside episodes, first row 9,"),  # timeouts a row late; row 49 is the file's last
+        (-1, True, "after 4 rows inside episodes, first row 9,"),
+        (0, False, "after 4 rows inside episodes, first row 9,"),  # none set
+    ],
+)
+def test_transitions_across_episodes_are_counted_and_the_first_is_named(
+    awac, tmp_path, capsys, shift, kept, words, successors
+):
+    columns = columns_of(50, 10)
+    columns["timeouts"] = np.roll(columns["timeouts"], shift) & kept
+    rows, _ = load(awac, tmp_path, columns if successors else without(columns, "next_observations"))
+    said = capsys.readouterr().out
+    assert (words in said and "warning" in said) if words else not said
+    if successors:
+        assert len(rows) == 50
+        if not kept:  # the file says nothing of ends: they are guessed, and that is said
+            assert "episodes end there" in said and np.flatnonzero(rows[:, -1]).tolist() == [9, 19, 29, 39, 49]
+
+
+def test_steps_of_random_walks_and_constant_columns_are_no_breaks(awac, tmp_path, capsys):
+    walk = np.random.default_rng(0).normal(size=(3000, OBS)).cumsum(0)
+    walk[:, 1] = 7
+    load(awac, tmp_path, without(columns_of(3000, 3000), "next_observations") | {"observations": walk})
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("limit", "ends"), [(0, [9, 19, 29]), (5, [4, 9, 14, 19, 24, 29]), (20, [9, 19, 29])])
+def test_without_timeouts_episodes_end_where_the_states_break_off_or_at_the_time_limit(
+    awac, tmp_path, capsys, limit, ends
+):
+    columns = without(columns_of(30, 10), "timeouts")
+    env = SimpleNamespace(**vars(ENV) | {"time_limit": limit})
+    rows, returns = load(awac, tmp_path, columns, env)
+    assert np.flatnonzero(rows[:, -1]).tolist() == ends and "no timeouts: guessed" in capsys.readouterr().out
+    rows, _ = load(awac, tmp_path, without(columns, "next_observations"), env)
+    assert len(rows) == 30 - len(ends) and rows[:, -1].sum() == len(ends)
+
+
+def test_the_time_limit_counts_from_each_episodes_start(awac):
+    terminals, breaks = np.zeros(12, bool), np.zeros(12, bool)
+    terminals[1] = breaks[6] = True
+    assert np.flatnonzero(awac.guess_timeouts(terminals, breaks, 4)).tolist() == [5, 6, 10]
+    terminals[5] = True
+    assert np.flatnonzero(awac.guess_timeouts(terminals, breaks, 4)).tolist() == [6, 10]
+
+
+def test_columns_of_one_number_are_squeezed(awac, tmp_path):
+    columns = columns_of(20, 10)
+    expected = load(awac, tmp_path, columns)
+    found = load(awac, tmp_path, columns | {key: columns[key][:, None] for key in ("rewards", "terminals", "timeouts")})
+    assert all(map(np.array_equal, found, expected))
+
+
+def test_actions_are_clipped_on_request_only(awac, tmp_path):
+    columns = columns_of(20, 10)
+    columns["actions"] = np.linspace(-2, 2, 20)[:, None]
+    with pytest.raises(SystemExit, match="1 beyond the action space of fake-v0; clip_actions"):
+        load(awac, tmp_path, columns)
+    rows, _ = load(awac, tmp_path, columns, clip_actions=True)
+    assert rows[:, OBS].tolist() == np.linspace(-2, 2, 20).clip(-1, 1).astype(np.float32).tolist()
+
+
+def test_what_numbers_of_rows_float32_cannot_hold(awac):
+    n = 2**24 + 5
+    every = awac.evenly_spaced(n, 1000)
+    assert every[0] == 0 and every[-1] == n - 1 and every[500] == (n - 1) * 500 // 999
+    assert torch.equal(awac.evenly_spaced(1000, 10), torch.linspace(0, 999, 10).long())
+    values = torch.arange(2**24 + 1, dtype=torch.float32).flip(0)
+    assert awac.quantiles(values, (0.0, 0.5, 1.0)) == [0, 2**23, 2**24]
+    assert awac.quantiles(values[:5] - values[4], (0.125, 0.5)) == [0.5, 2]
 
 
 # --- reward_transform
@@ -145,6 +258,13 @@ def test_reward_normalisation_by_hand(awac):
 def test_reward_normalisation_without_a_range_ends_the_program(awac, name, returns):
     with pytest.raises(SystemExit, match="normalize_reward"):
         transform(awac, name, returns, normalize_reward=True)
+
+
+def test_reward_normalisation_without_a_time_limit_takes_the_fields(awac):
+    env, config = reward_env("hopper-medium-v2", limit=None), {"normalize_reward": True}
+    with pytest.raises(SystemExit, match="set max_episode_steps"):
+        awac.reward_transform(env, np.array([0.0, 5.0]), awac.TrainConfig(**config))
+    assert awac.reward_transform(env, np.array([0.0, 5.0]), awac.TrainConfig(max_episode_steps=50, **config)) == (10, 0)
 
 
 # --- Where a data set comes from
@@ -369,6 +489,141 @@ def test_a_task_without_reference_returns_scores_its_return(make_env):
     env = make_env("Pendulum-v1", (-3.0, False, False, {}), (-4.5, False, True, {}))
     play(env, 2)
     assert env.score() == -7.5 and not env.normalized
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *[("hopper-medium-replay-v2", "hopper"), ("Walker2d-v4", "walker2d"), ("antmaze-large-play-v2", "antmaze")],
+        *[("pen-human-v1", "pen"), ("door-binary-v0", "door"), ("Pen-v0", ""), ("Hopper-custom-v0", "")],
+        *[("hopper-v0", ""), ("pen-custom-v0", ""), ("antmaze-mine-v2", ""), ("my-binary-v0", ""), ("Hopper", "")],
+    ],
+)
+def test_d4rls_scores_are_for_its_exact_names(make_env, name, family):
+    env = make_env(name)
+    assert env.family == family and env.normalized == (family != "") and env.binary == (name == "door-binary-v0")
+
+
+class Odd(gymnasium.Env):
+    """Returns, as `kind` says, what simulators return that nobody has tested."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (ACT,))
+
+    def __init__(self, kind="", space=None):
+        self.kind, self.action_space, self.state = kind, space or self.action_space, np.zeros(OBS, np.float32)
+
+    def reset(self, seed=None, options=None):
+        self.state[:] = (np.random.rand(), random.random()) if self.kind == "global streams" else 0
+        return self.state, {}
+
+    def step(self, action):
+        if self.kind in FAULTS:
+            raise FAULTS[self.kind]
+        self.state += np.random.rand() if self.kind == "global streams" else 1
+        action *= 0
+        state = {"column": self.state[:, None], "short": self.state[:1], "huge": self.state * 1e30}.get(
+            self.kind, self.state
+        )
+        reward = {"reward": np.array([2.0]), "rewards": np.ones(2)}.get(self.kind, 2.0)
+        return state, reward, False, False, {}
+
+
+FAULTS = {"file": FileNotFoundError(2, "No such file or directory", "x.xml"), "silent": KeyError()}
+
+
+@pytest.fixture
+def odd(awac, monkeypatch):
+    def make(kind="", space=None, **options):
+        monkeypatch.setattr(awac, "make_simulator", lambda *_: (Odd(kind, space), False))
+        return awac.Environment("Odd-v0", **options)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["reward", "column", ""])
+def test_rewards_and_observations_in_other_shapes_and_in_reused_memory(odd, kind):
+    env = odd(kind)
+    first, action = env.reset(0), np.ones(ACT)
+    second, reward, *ends = env.step(action)
+    third, *_ = env.step(action)
+    assert [x.tolist() for x in (first, second, third)] == [[0, 0], [1, 1], [2, 2]] and second.dtype == np.float32
+    assert reward == 2.0 and ends == [False, False] and action == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        *[("short", r"shape \(1,\), not \(2,\)"), ("rewards", "step.. failed, ValueError"), ("huge", "beyond 1e.15")],
+        *[("file", "step.. failed, FileNotFoundError: .*x.xml"), ("silent", "step.. failed, KeyError")],
+    ],
+)
+def test_a_fault_of_the_simulator_is_called_so(odd, kind, words):
+    env = odd(kind)
+    env.reset(0)
+    with pytest.raises(SystemExit, match=f"error: Odd-v0.*{words}"):
+        env.step(np.ones(ACT))
+
+
+SPACES = {
+    "MultiDiscrete": (gymnasium.spaces.MultiDiscrete([3, 3]), "bounded continuous actions"),
+    "MultiBinary": (gymnasium.spaces.MultiBinary(2), "bounded continuous actions"),
+    "integers": (gymnasium.spaces.Box(0, 5, (1,), np.int64), "bounded continuous actions"),
+    "unbounded": (gymnasium.spaces.Box(-np.inf, np.inf, (1,)), "bounded continuous actions"),
+    "fixed": (gymnasium.spaces.Box(np.float32([-1, 0]), np.float32([1, 0])), "its action 1 lies between 0 and 0"),
+    "float32's largest": (gymnasium.spaces.Box(-3.4e38, 3.4e38, (1,)), "its action 0 lies between -3.4e.38"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*A Box action space maximum and minimum")
+@pytest.mark.parametrize(("space", "words"), SPACES.values(), ids=SPACES)
+def test_spaces_that_no_policy_here_can_fill(odd, space, words):
+    with pytest.raises(SystemExit, match=f"error: Odd-v0.*{words}"):
+        odd(space=space)
+
+
+def test_global_streams_are_seeded_with_each_episode(odd):
+    def episode(env, seed):
+        return [env.reset(seed).tolist(), *[env.step(np.ones(ACT))[0].tolist() for _ in range(3)]]
+
+    env = odd("global streams")
+    first = episode(env, 3)
+    assert episode(env, 4) != first and episode(env, 3) == first and episode(odd("global streams"), 3) == first
+
+
+def test_episodes_end_at_max_episode_steps_and_evaluations_end_in_any_case(odd, capsys):
+    env = odd(max_steps=3)
+    for _ in range(2):
+        env.reset(0)
+        assert [env.step(np.ones(ACT))[2:] for _ in range(3)] == [(False, False), (False, False), (False, True)]
+    env = odd()
+    env.reset(0)
+    assert (
+        env.time_limit == 0 and not any(env.step(np.ones(ACT))[3] for _ in range(1500)) and not capsys.readouterr().out
+    )
+    env = odd(ends_at_goal=False)
+    env.reset(0)
+    assert [env.step(np.ones(ACT))[3] for _ in range(1000)] == [False] * 999 + [True]
+    assert "warning: Odd-v0 has no time limit" in capsys.readouterr().out
+
+
+def test_max_episode_steps_cannot_exceed_the_tasks_own_limit(awac):
+    assert awac.Environment("Pendulum-v1", max_steps=150).time_limit == 150
+    assert awac.Environment("Pendulum-v1").time_limit == 200
+    with pytest.raises(SystemExit, match="max_episode_steps 201 is above the time limit of Pendulum-v1, 200"):
+        awac.Environment("Pendulum-v1", max_steps=201)
+
+
+def test_a_gym_or_d4rl_that_cannot_be_imported_leaves_gymnasium(awac, tmp_path, monkeypatch, capsys):
+    for name, text in (("gym", ""), ("d4rl", "raise ImportError")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert awac.Environment("Pendulum-v1").obs_dim == 3
+    assert "gym and d4rl cannot be imported" in (said := capsys.readouterr().out) and "(ImportError)" in said
+    for name in ("gym", "d4rl"):
+        sys.modules.pop(name, None)
 
 
 def test_a_seed_gives_the_same_hopper_episode_in_every_environment_object(awac):

@@ -1,5 +1,6 @@
 """Data sets other than one HDF5 file: a folder of files, Minari's, and Cal-QL's files of the binary Adroit tasks."""
 
+import io
 import json
 import pickle
 import sys
@@ -107,7 +108,8 @@ def test_rows_of_a_minari_data_set_equal_a_slow_loops(awac, minari_sets, name):
     env, expected, returns = awac.Environment(name), [], []
     for states, actions, rewards, terminals in minari_sets[name[12:-3]]:
         for i, (action, reward, terminal) in enumerate(zip(actions, rewards, terminals)):
-            expected.append(np.concatenate((states[i], action, [reward], states[i + 1], [terminal, 0, 0])))
+            end = i == len(rewards) - 1
+            expected.append(np.concatenate((states[i], action, [reward], states[i + 1], [terminal, 0, end])))
         returns.append(sum(rewards))
     rows, found_returns = awac.load_dataset(awac.find_dataset(name, name), env)
     np.testing.assert_array_equal(rows, np.array(expected, np.float32))
@@ -134,7 +136,8 @@ def test_a_minari_data_set_brings_its_environment_unless_one_is_given(file, requ
     config_class = request.getfixturevalue(file).TrainConfig
     assert config_class(dataset=HOPPER).env == config_class(dataset=HOPPER, env="").env == HOPPER
     assert config_class(dataset=HOPPER, env="Hopper-v5").env == "Hopper-v5"
-    assert config_class(dataset="my.hdf5").env == "hopper-medium-v2"
+    assert config_class(dataset="my.hdf5").env == config_class().env == "hopper-medium-v2"
+    assert config_class(dataset=HOPPER, env="hopper-medium-v2").env == "hopper-medium-v2"
 
 
 def test_a_run_on_a_minari_data_set_resumes_and_is_scored_on_the_same_environment(
@@ -177,6 +180,20 @@ def test_a_damaged_minari_data_set(awac, minari_sets, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         awac.load_dataset(name, ENV)
     assert_one_line(stop, name)
+
+
+def test_a_minari_episode_of_another_length_is_named(awac, monkeypatch):
+    def episode(i, n):
+        flags = {"actions": np.zeros((9, 1)), "rewards": np.zeros(9), "terminations": np.zeros(9)}
+        return SimpleNamespace(id=i, observations=np.zeros((n, OBS)), **flags)
+
+    episodes = [episode(0, 10), episode(7, 9)]
+    fake = SimpleNamespace(observation_space=gymnasium.spaces.Box(-1, 1, (OBS,)), total_episodes=2)
+    fake.iterate_episodes = lambda: iter(episodes)
+    monkeypatch.setattr(awac, "open_minari", lambda name: fake)
+    with pytest.raises(SystemExit) as stop:
+        awac.load_dataset("minari:fake", ENV)
+    assert_one_line(stop, "minari:fake", "episode 7 has 9 observations, 9 actions")
 
 
 def test_without_minari_one_line_says_what_to_install(call, tmp_path, monkeypatch):
@@ -243,7 +260,8 @@ def cal_ql_loop(folder, discount, scale, bias):
                 s, s_next = made["observations"][i], made["next_observations"][i]
                 s, s_next = (x["state_observation"] if isinstance(x, dict) else x for x in (s, s_next))
                 a = np.clip(made["actions"][i], -1, 1)
-                rows.append(np.concatenate((s, a, [rewards[i]], s_next, [rewards[i] == 0, 0, 0])))
+                end = i == length - 1 or rewards[i] == 0
+                rows.append(np.concatenate((s, a, [rewards[i]], s_next, [rewards[i] == 0, 0, end])))
     return np.array(rows, np.float32), returns
 
 
@@ -294,6 +312,64 @@ def test_a_pickle_that_would_run_code_is_not_opened(awac, binary_folder, monkeyp
             awac.load_dataset(binary_folder, ENV)
         assert_one_line(stop, "pen2_sparse.npy", "it holds", "not only arrays")
     assert not (binary_folder / "ran").exists()
+
+
+RECONSTRUCT = np.empty(0).__reduce__()[0]
+
+
+class Forged:
+    """Pickles as a call, with a state or without."""
+
+    def __init__(self, *reduced):
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def forged_array(*state):
+    return Forged(RECONSTRUCT, (np.ndarray, (0,), b"b"), state)
+
+
+FORGED = {
+    "objects on a buffer": Forged(np.ndarray, ((1,), np.dtype("O"), bytes(8))),
+    "objects in bytes": forged_array(1, (1,), np.dtype("O"), False, bytes(8)),
+    "longer than its bytes": forged_array(1, (1000,), np.dtype("f8"), False, bytes(8)),
+    "negative sizes": forged_array(1, (-1, -1), np.dtype("f8"), False, bytes(8)),
+    "structures": forged_array(1, (1,), np.dtype([("x", "O")]), False, bytes(8)),
+    "no dtype": forged_array(1, (1,), "O", False, bytes(8)),
+    "text": np.array(["a"]),
+}
+
+
+@pytest.mark.parametrize("payload", FORGED.values(), ids=FORGED)
+def test_a_forged_array_is_not_built(awac, binary_folder, payload):
+    write_trajectories(binary_folder / "pen2_sparse.npy", [{"observations": payload}])
+    with pytest.raises(SystemExit) as stop:
+        awac.load_dataset(binary_folder, ENV)
+    assert_one_line(stop, "pen2_sparse.npy", "not as Cal-QL's")
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_arrays_as_numpy_1_and_2_pickle_them(awac, module, protocol):
+    arrays = [
+        np.arange(6.0).reshape(2, 3),
+        np.asfortranarray(np.arange(6, dtype=">i4").reshape(2, 3)),
+        np.array([True]),
+    ]
+    arrays += [np.float32(2.5), np.bool_(True), np.array(7), np.empty((0, 3)), np.array([{"a": np.ones(2)}, None])]
+    content = pickle.dumps(arrays, protocol)
+    if protocol < 4:  # 4 writes the length of each name
+        content = content.replace(b"numpy._core.multiarray", module)
+    found = awac.ArrayUnpickler(io.BytesIO(content)).load()
+    for array, expected in zip(found[:-1], arrays[:-1], strict=True):
+        assert (
+            np.array_equal(array, expected)
+            and array.dtype == expected.dtype.newbyteorder("=")
+            and array.shape == expected.shape
+        )
+    assert found[-1][0]["a"].tolist() == [1, 1] and found[-1][1] is None
 
 
 def numbers_only(path):

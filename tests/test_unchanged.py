@@ -3,8 +3,8 @@
 import subprocess
 
 import pytest
-from conftest import ROOT, load_module, run_main
-from runs import TINY, only_folder, rows
+from conftest import ROOT, run_main
+from runs import TINY, only_folder, rows, run_script
 
 REVISION = "049b472"  # before LayerNorm in the critics, p_share and vae_tail
 RUNS = {"awac": ("AWAC", "Run"), "iql": ("IQL", "IQLRun"), "cql": ("CQL", "Run"), "calql": ("CalQL", "CalQLRun")}
@@ -20,13 +20,11 @@ def test_without_the_additions_a_run_is_as_before(algorithm, request, hopper_fil
         pytest.skip(f"revision {REVISION} is not in this checkout's history")
     old_file = tmp_path / f"old_{algorithm}_samg.py"
     old_file.write_bytes(shown.stdout)
-    modules = {"old": load_module(old_file), "new": request.getfixturevalue(algorithm)}
     # observations unnormalised: their statistics are summed in float64 since then
     settings = TINY | {"env": "Hopper-v4", "dataset": hopper_file, "normalize": "false", "p_threshold": 0.4}
-    found = {}
-    for name, module in modules.items():
-        kinds = (getattr(module, kind) for kind in RUNS[algorithm])
-        run_main(*kinds, runs_dir=tmp_path / name, **settings | (OFF if name == "new" else {}))
-        found[name] = rows(only_folder(tmp_path / name))
-    assert any(row["mastered_rows"] for row in found["old"]) and any(row["r_in_mean"] for row in found["old"])
-    assert [{column: row[column] for column in found["old"][0]} for row in found["new"]] == found["old"]
+    run_script(old_file, runs_dir=tmp_path / "old", **settings)
+    kinds = (getattr(request.getfixturevalue(algorithm), kind) for kind in RUNS[algorithm])
+    run_main(*kinds, runs_dir=tmp_path / "new", **settings | OFF)
+    old, new = (rows(only_folder(tmp_path / name)) for name in ("old", "new"))
+    assert any(row["mastered_rows"] for row in old) and any(row["r_in_mean"] for row in old)
+    assert [{column: row[column] for column in old[0]} for row in new] == old

@@ -111,7 +111,8 @@ def load_rows(module: ModuleType, path: Path, env: Any = None) -> tuple[np.ndarr
                 obs_dim, act_dim = (int(file[key].shape[1]) for key in ("observations", "actions"))
         except (OSError, KeyError, IndexError, AttributeError):
             fail(f"{path} is not a data set in D4RL's HDF5 layout, or cannot be read")
-        env = SimpleNamespace(name=path.stem, obs_dim=obs_dim, act_dim=act_dim, action_low=-1.0, action_high=1.0)
+        bounds = {"action_low": -1.0, "action_high": 1.0}
+        env = SimpleNamespace(name=path.stem, obs_dim=obs_dim, act_dim=act_dim, time_limit=0, **bounds)
     return module.load_dataset(path, env)[0], env
 
 

@@ -31,7 +31,7 @@ def load_policy(path: Path):
     algorithm = next(value for value in vars(module).values() if hasattr(value, "ALGORITHM"))
     config = module.TrainConfig(**checkpoint["config"])
     try:
-        env = module.Environment(config.env, render_mode="rgb_array")
+        env = module.Environment(config.env, max_steps=config.max_episode_steps, render_mode="rgb_array")
     except SystemExit as stop:
         raise SystemExit(f"{stop.code}; {NO_SCREEN}") from None
     agent = algorithm(config, env, "cpu")
