@@ -210,7 +210,7 @@ def load_columns(module, tmp_path, columns, **values):
     """The offline rows of a run on this data set, on Pendulum-v1."""
     path = write_dataset(tmp_path / "data.hdf5", columns)
     settings = SIZES | {"env": "Pendulum-v1", "dataset": str(path), "runs_dir": str(tmp_path), "device": "cpu"}
-    run = module.CalQLRun(module.TrainConfig(**settings | {"discount": 0.5} | values), module.CalQL)
+    run = module.CalQLRun(module.TrainConfig(**settings | {"discount": 0.5, "p_share": 0} | values), module.CalQL)
     run.load_dataset()
     return run.dataset.stored()
 

@@ -19,7 +19,7 @@ TWO_VARS = torch.tensor([[4.0, 0.25], [0.01, 1.0]], dtype=torch.float64)
 
 def make_coefficient(awac, **values):
     torch.manual_seed(0)
-    config = awac.TrainConfig(**{"vae_hidden_dim": 12, "batch_size": 16, "p_threshold": 0.3} | values)
+    config = awac.TrainConfig(**{"vae_hidden_dim": 12, "batch_size": 16, "p_share": 0, "p_threshold": 0.3} | values)
     return awac.VAECoefficient(config, OBS, ACT, "cpu")
 
 
@@ -408,7 +408,7 @@ CALIBRATED = ("likelihood", "rnd", "embedding")
 
 def make_calibrated(awac, kind, **values):
     torch.manual_seed(0)
-    config = awac.TrainConfig(**{"coefficient": kind, "fit_hidden_dim": 12, "p_threshold": 0.0} | values)
+    config = awac.TrainConfig(**{"coefficient": kind, "fit_hidden_dim": 12, "p_share": 0, "p_threshold": 0.0} | values)
     return awac.COEFFICIENTS[kind](config, OBS, ACT, "cpu")
 
 
@@ -504,6 +504,7 @@ def test_adaptive_updates_raise_p_of_mastered_rows_and_keep_that_of_the_offline_
     dataset = awac.ReplayBuffer(len(rows), 11, 3, "cpu")
     dataset.load(rows)
     sizes = {"vae_iterations": 600, "vae_hidden_dim": 64, "fit_iterations": 600, "fit_hidden_dim": 64}
+    sizes |= {"p_share": 0, "vae_tail": "mean"}
     config = awac.TrainConfig(coefficient=kind, p_threshold=0.6 if kind == "vae" else 0.05, **sizes)
     coefficient = awac.COEFFICIENTS[kind](config, 11, 3, "cpu")
     for step in range(600):

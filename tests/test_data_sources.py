@@ -98,7 +98,11 @@ def minari_sets(minari_folder, monkeypatch):
     return minari_folder[1]
 
 
-SHORT = TINY | {"offline_iterations": 60, "vae_iterations": 20, "online_iterations": 80, "warmup_steps": 20}
+SHORT = (
+    {"p_share": 0}
+    | TINY
+    | {"offline_iterations": 60, "vae_iterations": 20, "online_iterations": 80, "warmup_steps": 20}
+)
 SHORT |= {"coefficient_frequency": 40, "checkpoint_frequency": 20, "eval_frequency": 40}
 HOPPER, PENDULUM, DICT = "minari:test/hopper-v0", "minari:test/pendulum-v0", "minari:test/dict-v0"
 
@@ -277,7 +281,7 @@ def test_binary_adroit_rows_equal_a_slow_loops(awac, binary_folder):
 def test_binary_adroit_returns_to_go_are_cal_qls(calql, binary_folder, monkeypatch):
     monkeypatch.setattr(calql, "make_simulator", lambda *_: (gymnasium.make("Pendulum-v1"), False))
     settings = {"is_sparse_reward": True, "reward_scale": 10.0, "reward_bias": 5.0, "discount": 0.9}
-    settings |= {"env": "pen-binary-v0", "dataset": str(binary_folder), "device": "cpu"}
+    settings |= {"env": "pen-binary-v0", "dataset": str(binary_folder), "device": "cpu", "p_share": 0}
     run = calql.CalQLRun(calql.TrainConfig(**settings), calql.CalQL)
     run.load_dataset()
     expected = cal_ql_loop(binary_folder, 0.9, 10, 5)[1]
