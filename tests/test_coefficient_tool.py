@@ -172,7 +172,8 @@ def test_the_same_seed_gives_the_same_numbers(tool, awac):
 
 @pytest.mark.parametrize("kind", ["likelihood", "rnd", "embedding"])
 def test_calibrated_coefficients_are_measured(tool, awac, kind):
-    config = awac.TrainConfig(coefficient=kind, fit_iterations=300, fit_hidden_dim=16, p_share=0, device="cpu")
+    dose = {"p_share": 0, "p_threshold": 0.05}
+    config = awac.TrainConfig(coefficient=kind, fit_iterations=300, fit_hidden_dim=16, device="cpu", **dose)
     result = tool.measure(awac, tool.Entry(kind, config), tool.make_data(awac, MINI, None, 4000, 0, "cpu"), 0).result
     assert result["auroc"]["random_action"] > 0.6 and 0.8 < result["share_above_threshold"] <= 1
     assert result["kl"] is None and result["ks_uniform"] < (1 if kind == "embedding" else 0.2)
@@ -192,9 +193,8 @@ def test_a_collapse_and_a_missing_guidance_are_said_in_words(tool, measured):
 
 def test_a_checkpoints_coefficient_is_measured_as_it_is(tool, awac, tmp_path):
     values = {"env": "Hopper-v4", "dataset": str(MINI), "vae_hidden_dim": 8, "vae_iterations": 5, "device": "cpu"}
-    run = awac.Run(
-        awac.TrainConfig(**values, hidden_dim=8, offline_iterations=10, p_share=0, p_threshold=0.2), awac.AWAC
-    )
+    values |= {"hidden_dim": 8, "offline_iterations": 10, "p_share": 0, "p_threshold": 0.2}
+    run = awac.Run(awac.TrainConfig(**values), awac.AWAC)
     run.load_dataset()
     run.coefficient.fit(run.dataset)
     run.step = run.switch
