@@ -48,6 +48,7 @@ TINY = {
     **{"coefficient_frequency": 150, "eval_frequency": 160, "log_frequency": 10, "checkpoint_frequency": 30},
     **{"n_test_episodes": 1, "device": "cpu", "cql_n_actions": 2, "q_n_hidden_layers": 2, "env": "Hopper-v4"},
     **{"cql_alpha": 5.0, "cql_alpha_online": 2.0, "bc_steps": 30, "target_update_period": 3, "guidance_steps": 250},
+    **{"p_share": 0},  # p_threshold: enough rows pass for adaptive updates
 }
 
 

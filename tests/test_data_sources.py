@@ -98,11 +98,7 @@ def minari_sets(minari_folder, monkeypatch):
     return minari_folder[1]
 
 
-SHORT = (
-    {"p_share": 0}
-    | TINY
-    | {"offline_iterations": 60, "vae_iterations": 20, "online_iterations": 80, "warmup_steps": 20}
-)
+SHORT = TINY | {"offline_iterations": 60, "vae_iterations": 20, "online_iterations": 80, "warmup_steps": 20}
 SHORT |= {"coefficient_frequency": 40, "checkpoint_frequency": 20, "eval_frequency": 40}
 HOPPER, PENDULUM, DICT = "minari:test/hopper-v0", "minari:test/pendulum-v0", "minari:test/dict-v0"
 

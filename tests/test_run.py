@@ -357,6 +357,15 @@ def test_run_stopped_before_its_first_checkpoint_starts_again(call, awac, finish
     assert_same_run(only_folder(tmp_path), finished.folder)
 
 
+def test_a_threshold_that_the_fit_has_set_survives_a_resume(call, awac, hopper_file, tmp_path):
+    settings = TINY | {"env": "Hopper-v4", "dataset": hopper_file, "p_share": 0.3}
+    folder = check_resumes(call, [("coefficient", 130), ("online", 270)], awac.Run, tmp_path, **settings)
+    threshold = checkpoint(folder)["coefficient"]["share_threshold"].item()
+    assert 0 < threshold < 1 and threshold not in (0.3, 0.6)
+    p = checkpoint(folder)["buffer"]["rows"][:, -2]
+    assert p[p > 0].min() >= threshold and 0 < (p > 0).float().mean() < 1
+
+
 # --- The online phase from an offline checkpoint
 def test_online_phase_from_the_offline_checkpoint_is_the_same(finished, call, tmp_path):
     folder = start_online(call, finished.folder / "offline_checkpoint.pt", tmp_path, dataset="gone.hdf5")

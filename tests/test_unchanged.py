@@ -22,7 +22,7 @@ def test_without_the_additions_a_run_is_as_before(algorithm, request, hopper_fil
     old_file.write_bytes(shown.stdout)
     # observations unnormalised: their statistics are summed in float64 since then
     settings = TINY | {"env": "Hopper-v4", "dataset": hopper_file, "normalize": "false", "p_threshold": 0.4}
-    run_script(old_file, runs_dir=tmp_path / "old", **settings)
+    run_script(old_file, runs_dir=tmp_path / "old", **{name: settings[name] for name in settings.keys() - OFF})
     kinds = (getattr(request.getfixturevalue(algorithm), kind) for kind in RUNS[algorithm])
     run_main(*kinds, runs_dir=tmp_path / "new", **settings | OFF)
     old, new = (rows(only_folder(tmp_path / name)) for name in ("old", "new"))
