@@ -639,11 +639,12 @@ def read_binary(folder: Path, env: str) -> Iterator[tuple[str, np.ndarray]]:
     return join_episodes(episodes) if episodes else fail(f"no trajectory in {folder} solves {env}")
 
 
-def continuity_breaks(rows: np.ndarray, s: int, a: int) -> np.ndarray:
-    """(n,) bool of load_dataset's rows: where s' lies far from s, or the next row's state far from s'.
+def continuity_breaks(rows: np.ndarray, s: int, a: int, recorded: bool) -> np.ndarray:
+    """(n,) bool of load_dataset's rows: where the next row's state lies far from s'; if s' is that state, far from s.
 
-    Columns count in units of their usual step. Far is five times what four fifths of all steps stay below; between s'
-    and the next state, which are equal in most files, a tenth of that step and ten times what rounding makes of it.
+    Columns count in units of their usual step. Far from s is five times what four fifths of all steps stay below, which
+    an impact can exceed, too: a `recorded` s' is believed. Far from that is a tenth of such a step and ten times what
+    rounding makes of it.
     """
     sample, states, successors = rows[:: 1 + len(rows) // 100_000], rows[:, :s], rows[:, s + a + 1 : -3]
     deviations = sample[:, :s].std(0, dtype=np.float64)
@@ -657,7 +658,7 @@ def continuity_breaks(rows: np.ndarray, s: int, a: int) -> np.ndarray:
             steps[start : start + 8192] = (((there - here) * scale) ** 2).sum(1)
             gaps[start : start + len(after)] = (((there[: len(after)] - after) * scale) ** 2).sum(1)
     usual = np.quantile(steps, 0.8) or np.inf  # states that hardly ever move tell nothing
-    return (steps > 25 * usual) | (gaps > max(100 * np.median(gaps), 0.01 * usual))
+    return gaps > max(100 * np.median(gaps), 0.01 * usual) if recorded else steps > 25 * usual
 
 
 def guess_timeouts(terminals: np.ndarray, breaks: np.ndarray, limit: int) -> np.ndarray:
@@ -709,7 +710,7 @@ def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False)
     terminals, knows_successors = rows[places["terminals"]].astype(bool), key == "next_observations"
     if not knows_successors:
         rows[places["next_observations"]] = np.roll(rows[places["observations"]], -1, axis=0)
-    breaks = continuity_breaks(rows, s, a)
+    breaks = continuity_breaks(rows, s, a, knows_successors)
     breaks[-1], guessed = False, timeouts is None
     if guessed:
         timeouts = guess_timeouts(terminals, breaks, env.time_limit)

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -645,3 +646,14 @@ def test_statistics_of_a_million_rows_far_from_zero_are_right(awac):
     mean, std = awac.column_moments(rows)
     np.testing.assert_allclose(mean, 1000, atol=0.01)
     np.testing.assert_allclose(std, 1, atol=0.01)
+
+
+SHIPPED = {"hopper-medium-mini": ("Hopper-v4", 100), "walker2d-medium-mini": ("Walker2d-v4", 42)}  # episodes
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_data_sets_load_without_a_warning(awac, capsys, name):
+    env, episodes = SHIPPED[name]
+    rows, returns = awac.load_dataset(ROOT / "data" / f"{name}.hdf5", awac.Environment(env))
+    assert "warning" not in capsys.readouterr().out  # impacts make large steps, between recorded states
+    assert rows[:, -1].sum() == len(returns) == episodes
