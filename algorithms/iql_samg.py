@@ -126,7 +126,7 @@ class TrainConfig:
     mastered_share: float = 0.1  # share of the out-of-distribution rows, by smallest Bellman error, that is learned
     adapt_iterations: int = 100  # gradient steps each time [ours]
     adapt_learning_rate: float = 1e-4  # their step size [ours]
-    adapt_hold: float = 10.0  # weight of the L2 term that holds the outputs on rows it knows [ours]
+    adapt_hold: float = 100.0  # weight of the L2 term that holds the outputs on rows it knows [ours]
     adapt_max_drop: float = 0.02  # undo the update if the mean p of those rows falls by this much [ours]
     # --- IQL (CORL's names and values)
     batch_size: int = 256  # rows an update
@@ -1014,12 +1014,17 @@ class LearnedCoefficient(nn.Module):
         held = self.holds_out() and dataset.batch(dataset.rows[held_out(dataset.size).to(dataset.rows.device)])
         self.calibrate(dataset.stored(), held)
         if share := self.config.p_share:  # the paper gives words for how much passes ("a small portion") [ours]
-            p = torch.cat([self.degree(*chunk) for chunk in chunks(*held.triple())])
-            self.share_threshold.copy_(p.topk(max(1, round(share * len(p)))).values[-1])
+            self.let_pass(round(share * len(held.p)), held)
         self.keep_probe(dataset.stored())
         passing, intended = (self(*self.probe()) > 0).float().mean().item(), share or 1 - self.config.p_threshold
         if passing < intended / 2:
             tqdm.write(f"warning: p > 0 on {passing:.1%} of the data, {intended:.0%} were intended: {self.REMEDY}")
+
+    @torch.no_grad()
+    def let_pass(self, n: int, batch: Batch) -> None:
+        """Set p_m to the value that n of these rows reach, at least one."""
+        p = torch.cat([self.degree(*chunk) for chunk in chunks(*batch.triple())])
+        self.share_threshold.copy_(p.topk(max(1, n)).values[-1])
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -1027,11 +1032,12 @@ class LearnedCoefficient(nn.Module):
     def learn_rows(self, mastered: Batch) -> None:
         """Take rows that `adapt` has learned into what `fit` computed."""
 
-    def adapt(self, mastered: Batch, known: Batch) -> dict[str, float]:
+    def adapt(self, mastered: Batch, known: Batch, stored: Batch) -> dict[str, float]:
         """Learn mastered out-of-distribution rows without forgetting the known rows, those with p > 0 (Appendix B.1.4).
 
         Trained on the mastered rows alone the networks drift until p is 0 everywhere. So half of each batch holds their
-        outputs on known rows, and an update that lowers these rows' mean p all the same is undone [ours].
+        outputs on known rows, and an update that lowers these rows' mean p all the same is undone. With p_share, p_m
+        moves along, so that of all stored rows as many pass as were known and have been mastered [ours].
         """
         config, before, report = self.config, copy.deepcopy(self.state_dict()), {"mastered_rows": len(mastered.p)}
         watched = {"mastered": mastered.triple(), "known": known.triple(), "probe": self.probe()}
@@ -1043,6 +1049,8 @@ class LearnedCoefficient(nn.Module):
             hold = config.adapt_hold * (self.outputs(known.select(held)) - anchors[held]).square().mean()
             descend(optimizers, gradients(optimizers, {"adapt": self.loss(mastered.select(learned)) + hold}))
         self.learn_rows(mastered)
+        if config.p_share:
+            self.let_pass(len(known.p) + len(mastered.p), stored)
         report |= {f"p_{key}_after": self(*triple).mean().item() for key, triple in watched.items()}
         report["adapt_accepted"] = int(report["p_known_before"] - report["p_known_after"] < config.adapt_max_drop)
         if not report["adapt_accepted"]:
@@ -1775,7 +1783,7 @@ class Run:
                 tqdm.write(f"coefficient not updated: {counts}")
             else:
                 mastered = select_mastered(agent.bellman_errors(candidates), config.mastered_share)
-                self.adapt_report = coefficient.adapt(candidates.select(mastered), known)
+                self.adapt_report = coefficient.adapt(candidates.select(mastered), known, stored)
                 stored.p.copy_(coefficient(*stored.triple()))
                 if not self.adapt_report["adapt_accepted"]:
                     tqdm.write("coefficient update undone: it lowered p on known rows")

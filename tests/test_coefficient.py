@@ -348,7 +348,8 @@ def adapted(awac, **values):
     assert min(len(known.p), len(mastered.p)) > 50
     before = {name: value.clone() for name, value in coefficient.state_dict().items()}
     torch.manual_seed(3)
-    return coefficient, mastered, known, before, coefficient.adapt(mastered, known)
+    stored = awac.Batch(*map(torch.cat, zip(offline, strange)))
+    return coefficient, mastered, known, before, coefficient.adapt(mastered, known, stored)
 
 
 def test_an_update_that_makes_it_forget_is_undone_bit_for_bit(awac):
@@ -400,6 +401,13 @@ def test_the_hold_keeps_what_is_known(awac):
         return report["p_known_before"] - report["p_known_after"]
 
     assert drop(1000.0) < drop(0.0)
+
+
+def test_with_p_share_the_threshold_moves_so_that_known_and_mastered_rows_are_counted_in(awac):
+    coefficient, mastered, known, before, report = adapted(awac, p_share=0.5, adapt_hold=1000.0, adapt_max_drop=1.0)
+    stored = awac.Batch(*map(torch.cat, zip(make_batch(awac, 600), make_batch(awac, 300, seed=1, shift=1.5))))
+    assert report["adapt_accepted"] and coefficient.share_threshold != before["share_threshold"]
+    assert (coefficient(*stored.triple()) > 0).sum() == len(known.p) + len(mastered.p)
 
 
 # --- Calibrated coefficients
@@ -515,7 +523,7 @@ def test_adaptive_updates_raise_p_of_mastered_rows_and_keep_that_of_the_offline_
     known = offline.select(coefficient(*offline.triple()) > 0)
     mastered = strange.select(coefficient(*strange.triple()) == 0)
     assert min(len(known.p), len(mastered.p)) > 100
-    for report in (coefficient.adapt(mastered, known) for _ in range(2)):
+    for report in (coefficient.adapt(mastered, known, offline) for _ in range(2)):
         assert report["adapt_accepted"] and report["p_mastered_after"] > report["p_mastered_before"]
         assert report["p_probe_after"] > report["p_probe_before"] - 0.02
 
@@ -536,7 +544,7 @@ def fake_run(awac, period, n_rows, **values):
     class Coefficient:
         adaptive = config.coefficient == "vae"
 
-        def adapt(self, mastered, known):
+        def adapt(self, mastered, known, stored):
             self.mastered, self.known = mastered.states[:, 0].tolist(), known.states[:, 0].tolist()
             return {"adapt_accepted": 1}
 

@@ -6,9 +6,9 @@ import pytest
 from conftest import ROOT, run_main
 from runs import TINY, only_folder, rows, run_script
 
-REVISION = "049b472"  # before LayerNorm in the critics, p_share and vae_tail
+REVISION = "049b472"  # before LayerNorm in the critics, p_share, vae_tail and a stronger adapt_hold
 RUNS = {"awac": ("AWAC", "Run"), "iql": ("IQL", "IQLRun"), "cql": ("CQL", "Run"), "calql": ("CalQL", "CalQLRun")}
-OFF = {"critic_layer_norm": "false", "p_share": 0, "vae_tail": "mean"}
+OFF = {"critic_layer_norm": "false", "p_share": 0, "vae_tail": "mean", "adapt_hold": 10}
 
 
 @pytest.mark.parametrize("algorithm", RUNS)

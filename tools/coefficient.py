@@ -290,7 +290,8 @@ def measure_adaptation(
     share = max(1, int(config.mastered_share * len(candidates.p)))
     mastered = candidates.select(torch.randperm(len(candidates.p))[:share])
     adapted = build(module, config, data, coefficient.state_dict())
-    report = adapted.adapt(mastered, known)
+    stored = module.Batch(*map(torch.cat, zip(held_out, data.others[pool])))
+    report = adapted.adapt(mastered, known, stored)
     after = copy.deepcopy(coefficient)  # without threshold
     after.load_state_dict(adapted.state_dict())
     changes = {}
