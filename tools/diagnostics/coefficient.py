@@ -1,9 +1,9 @@
 """Measure how well the coefficients p(s, a) of an algorithm file tell offline pairs from others.
 
-    python tools/coefficient.py data/hopper-medium-mini.hdf5 --set vae_iterations=5000
-    python tools/coefficient.py hopper.hdf5 --other hopper-replay.hdf5 --json coefficients.json --pictures pictures
-    python tools/coefficient.py hopper.hdf5 --variants vae:vae_kl_target=0,vae_beta=0.5 vae:vae_mean_weight=1.0
-    python tools/coefficient.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --dataset hopper.hdf5
+    python tools/diagnostics/coefficient.py data/hopper-medium-mini.hdf5 --set vae_iterations=5000
+    python tools/diagnostics/coefficient.py hopper.hdf5 --other hopper-replay.hdf5 --json p.json --pictures pictures
+    python tools/diagnostics/coefficient.py hopper.hdf5 --variants vae:vae_kl_target=0,vae_beta=0.5 vae:vae_tail=mean
+    python tools/diagnostics/coefficient.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --dataset hopper.hdf5
 
 Of a data set (D4RL's HDF5 layout, actions in [-1, 1]; no simulator is needed), contiguous stretches with a tenth of the
 rows are held out, each coefficient is fitted to the rest, and p of held-out rows is set against p of
@@ -48,7 +48,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
+ALGORITHMS = Path(__file__).resolve().parents[2] / "algorithms"
 KINDS = ("random_action", "shuffled_action", "shifted_state", "other_level")
 LEVELS = (0.2, 0.5, 0.6, 0.7, 0.8)  # at which the share of held-out rows is counted, beside the threshold
 STRETCHES = 50  # of consecutive rows; one of each ten is held out

@@ -1,6 +1,6 @@
 """Write a video of a saved policy.
 
-    python tools/watch.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --output hopper.mp4
+    python tools/experiments/watch.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --output hopper.mp4
 
 Needs requirements-dev.txt. Without a screen, set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) before the command; on
 Debian they are in the packages libegl1 and libosmesa6.
@@ -14,7 +14,7 @@ import imageio
 import torch
 from tqdm import tqdm
 
-ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
+ALGORITHMS = Path(__file__).resolve().parents[2] / "algorithms"
 NO_SCREEN = "without a screen, set MUJOCO_GL=egl or osmesa and install their libraries (Debian: libegl1, libosmesa6)"
 
 
