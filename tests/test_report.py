@@ -10,15 +10,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, load_module
+from conftest import load_module
 
 
 @pytest.fixture(scope="module")
 def report(awac):
     """tools/experiments/report.py; its parts lie beside it."""
-    sys.path.insert(0, str(ROOT / "tools/experiments"))
-    yield load_module("tools/experiments/report.py")
-    sys.path.remove(str(ROOT / "tools/experiments"))
+    return load_module("tools/experiments/report.py")
 
 
 @pytest.fixture(scope="module")

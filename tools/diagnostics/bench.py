@@ -44,8 +44,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def load_module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"measured_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # pyrallis looks for the config's source
     spec.loader.exec_module(module)
     return module
 

@@ -25,7 +25,6 @@ Needs requirements-dev.txt.
 import argparse
 import copy
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -39,6 +38,7 @@ import h5py
 import matplotlib
 import numpy as np
 import torch
+from bench import load_module
 from scipy.stats import kstest
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -93,10 +93,7 @@ class Parser(argparse.ArgumentParser):
 def load_algorithm(path: Path) -> ModuleType:
     """An algorithm file as a module."""
     try:
-        spec = importlib.util.spec_from_file_location(f"measured_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # pyrallis looks for the source of the configuration's class
-        spec.loader.exec_module(module)
+        module = load_module(path)
         module.COEFFICIENTS, module.TrainConfig, module.load_dataset  # noqa: B018  (are they there?)
     except Exception as error:
         fail(f"{path} is no algorithm file with coefficients ({error})")
