@@ -9,8 +9,8 @@ RUN useradd --create-home --uid 1000 samg && mkdir -p /samg/runs && chown -R sam
 WORKDIR /samg
 
 COPY requirements-d4rl.txt .
-COPY tools/install_d4rl.sh tools/
-RUN tools/install_d4rl.sh /opt/d4rl && rm -rf /var/lib/apt/lists/* /root/.cache
+COPY tools/maintenance/install_d4rl.sh tools/maintenance/
+RUN tools/maintenance/install_d4rl.sh /opt/d4rl && rm -rf /var/lib/apt/lists/* /root/.cache
 
 COPY --chown=samg . .
 USER samg

@@ -474,7 +474,7 @@ def dataset_address(env: str) -> str:
 
 def find_dataset(env: str, dataset: str) -> Path | str:
     """What load_dataset reads: `dataset`, or what it holds for `env`; if empty, D4RL's file, found or downloaded."""
-    alternatives = "give another data set by path with --dataset, or make one with tools/collect.py"
+    alternatives = "give another data set by path with --dataset, or make one with tools/data/collect.py"
     if (source := str(dataset) or env).startswith("minari:"):
         return source
     if dataset and not Path(dataset).is_dir():

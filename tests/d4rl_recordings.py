@@ -1,4 +1,4 @@
-"""Steps that D4RL's own simulators took (tools/record_d4rl.py tells the format), and ours held against them."""
+"""Steps that D4RL's own simulators took, and ours held to them; tools/maintenance/record_d4rl.py tells the format."""
 
 from pathlib import Path
 

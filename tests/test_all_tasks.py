@@ -1,4 +1,4 @@
-"""tools/all_tasks.py: what it plans, the data it makes, and a cell that runs beside one that fails."""
+"""tools/maintenance/all_tasks.py: what it plans, the data it makes, and a cell that runs beside one that fails."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ FAILING = "error: cannot read {} as HDF5, it may be cut off or of another kind"
 
 @pytest.fixture
 def tool():
-    return load_module("tools/all_tasks.py")
+    return load_module("tools/maintenance/all_tasks.py")
 
 
 @pytest.fixture

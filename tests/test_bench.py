@@ -1,4 +1,4 @@
-"""tools/bench.py and the plain reference that it measures against."""
+"""tools/diagnostics/bench.py and the plain reference that it measures against."""
 
 import json
 import math
@@ -16,12 +16,12 @@ TINY += ("--steps=3", "--starts=1", "--loading_rows=2000", "--device=cpu")
 
 @pytest.fixture(scope="module")
 def bench():
-    return load_module("tools/bench.py")
+    return load_module("tools/diagnostics/bench.py")
 
 
 @pytest.fixture(scope="module")
 def plain():
-    return load_module("tools/plain_reference.py")
+    return load_module("tools/diagnostics/plain_reference.py")
 
 
 # --- The reference

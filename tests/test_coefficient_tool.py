@@ -1,4 +1,4 @@
-"""tools/coefficient.py: its numbers on coefficients whose answers are known, its files, and what it refuses."""
+"""tools/diagnostics/coefficient.py: its numbers where the answers are known, its files, and what it refuses."""
 
 import json
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ KEYS |= {"fit_seconds", "row_microseconds", "row_microseconds_batch", "adapt"}
 
 @pytest.fixture(scope="module")
 def tool():
-    return load_module("tools/coefficient.py")
+    return load_module("tools/diagnostics/coefficient.py")
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def refused(tool, capsys):
         (["coefficient must be one of", "'vea'"], [MINI, "--coefficients", "vea"]),
         (["named twice"], [MINI, "--coefficients", "vae", "vae"]),
         (["nowhere/a.json is a directory, or not in one"], [MINI, "--json", "nowhere/a.json"]),
-        (["no algorithm file", "plot.py"], [MINI, "--algorithm", ROOT / "tools" / "plot.py"]),
+        (["no algorithm file", "plot.py"], [MINI, "--algorithm", ROOT / "tools/experiments/plot.py"]),
         (["--dataset is for a checkpoint"], [MINI, "--dataset", MINI]),
     ],
 )
@@ -295,7 +295,7 @@ def test_a_checkpoint_that_cannot_be_measured_ends_with_one_line(refused, awac, 
     refused(["before its coefficient was fitted"], save(progress={"step": 14}), "--dataset", MINI)
     refused(["without SAMG"], save(config=config | {"samg": False}), "--dataset", MINI)
     refused(["does not fit awac_samg.py", "wings"], save(config=config | {"wings": 2}), "--dataset", MINI)
-    refused(["neither a data set", "checkpoint"], save(algorithm="../tools/plot"), "--dataset", MINI)
+    refused(["neither a data set", "checkpoint"], save(algorithm="../tools/experiments/plot"), "--dataset", MINI)
 
 
 def test_diverged_training_ends_with_one_line(refused):

@@ -1,4 +1,4 @@
-"""tools/collect.py and tools/policies.py: what is in the files, and that nothing but the arguments decides it."""
+"""tools/data/collect.py and policies.py: what is in the files, and that nothing but the arguments decides it."""
 
 import hashlib
 import os
@@ -21,7 +21,7 @@ antmaze = pytest.importorskip("d4rl_envs.antmaze", reason="needs d4rl_envs: pip 
 SIZES = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6), "ant": (29, 8)}
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, "tools")
+sys.path.insert(0, "tools/data")
 import collect
 import numpy as np
 collect.BLOCK, savez, calls = 100, np.savez, []
@@ -38,8 +38,8 @@ collect.main()
 @pytest.fixture(scope="module")
 def tool():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "tools")
-        yield load_module("tools/collect.py")
+        patch.syspath_prepend(ROOT / "tools/data")
+        yield load_module("tools/data/collect.py")
 
 
 def write_policies(path, observation, action, means, seed=0):

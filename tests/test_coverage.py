@@ -1,4 +1,4 @@
-"""tools/coverage.py on hand-made clusters, of which it is known what covers them."""
+"""tools/diagnostics/coverage.py on hand-made clusters, of which it is known what covers them."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ ACTIONS = {"medium": [80, 82, 0, 0, 0], "replay": [10, 10, 51, 50, 50]}
 
 @pytest.fixture(scope="module")
 def coverage():
-    return load_module("tools/coverage.py")
+    return load_module("tools/diagnostics/coverage.py")
 
 
 def clustered(counts, dimensions, random):

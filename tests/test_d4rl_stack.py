@@ -1,4 +1,4 @@
-"""The algorithm files on D4RL's own simulators: pytest -m d4rl, where tools/install_d4rl.sh has been run."""
+"""The algorithm files on D4RL's own simulators: pytest -m d4rl, once tools/maintenance/install_d4rl.sh has run."""
 
 import csv
 import os
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.d4rl,
     pytest.mark.skipif(
         not PYTHON.exists(),
-        reason="no D4RL stack: tools/install_d4rl.sh makes one in .venv-d4rl; D4RL_PYTHON names the Python of another",
+        reason="no D4RL stack: tools/maintenance/install_d4rl.sh makes one in .venv-d4rl; D4RL_PYTHON names another's",
     ),
 ]
 TASKS = ("hopper-medium-v2", "antmaze-umaze-v2", "door-binary-v0")
@@ -74,8 +74,8 @@ def test_a_run_from_end_to_end(algorithm, task, tmp_path):
 
 @pytest.mark.parametrize("name", ["hopper", "antmaze-umaze", "door"])
 def test_recordings_are_this_stacks(name, tmp_path):
-    """tools/record_d4rl.py takes the committed steps again (the first hundred of them)."""
-    run(ROOT / "tools/record_d4rl.py", name, "--rows", 100, "--out", tmp_path)
+    """tools/maintenance/record_d4rl.py takes the committed steps again (the first hundred of them)."""
+    run(ROOT / "tools/maintenance/record_d4rl.py", name, "--rows", 100, "--out", tmp_path)
     with np.load(tmp_path / f"d4rl_{name}.npz") as again, np.load(FOLDER / f"d4rl_{name}.npz") as committed:
         assert again.keys() == committed.keys()
         for key in ("qpos", "qvel", "starts", "action", "reward", "terminal"):

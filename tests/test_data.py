@@ -384,7 +384,7 @@ def test_a_failed_or_cut_off_download_leaves_nothing_and_names_address_folder_an
     with pytest.raises(SystemExit) as stop:
         awac.find_dataset("hopper-medium-v2", "")
     assert list(folders[0].iterdir()) == []
-    for text in (awac.DATASET_HOST + f"/gym_mujoco_v2/{NAME}", str(folders[0]), "--dataset", "tools/collect.py"):
+    for text in (awac.DATASET_HOST + f"/gym_mujoco_v2/{NAME}", str(folders[0]), "--dataset", "tools/data/collect.py"):
         assert text in str(stop.value)
 
 

@@ -1,4 +1,4 @@
-"""tools/plot.py: the mean and the range of an arm's seeds, and arms that began at another run's switch."""
+"""tools/experiments/plot.py: the mean and the range of an arm's seeds, and arms that began at another run's switch."""
 
 import sys
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def plot():
-    return load_module("tools/plot.py")
+    return load_module("tools/experiments/plot.py")
 
 
 def write_run(folder, offline, online):

@@ -1,4 +1,4 @@
-"""tools/report.py on small made-up trees of runs, against figures worked out by hand."""
+"""tools/experiments/report.py on small made-up trees of runs, against figures worked out by hand."""
 
 import csv
 import io
@@ -10,15 +10,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, load_module
+from conftest import load_module
 
 
 @pytest.fixture(scope="module")
 def report(awac):
-    """tools/report.py; its parts lie beside it."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    yield load_module("tools/report.py")
-    sys.path.remove(str(ROOT / "tools"))
+    """tools/experiments/report.py; its parts lie beside it."""
+    return load_module("tools/experiments/report.py")
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +459,7 @@ def test_the_same_runs_give_the_same_bytes_and_a_page_of_its_own(make_run, run_r
     targets = set(re.findall(r'href="#([^"]*)', page))
     assert targets <= set(re.findall(r'id="([^"]*)', page)) and {"results", "curves", "paper", "commands"} <= targets
     assert "&lt;b&gt;&amp;-v0" in page and "<b>&-v0" not in page
-    assert f"python tools/report.py {tmp_path / 'runs'}\n" in page
+    assert f"python tools/experiments/report.py {tmp_path / 'runs'}\n" in page
 
 
 def test_csv_and_latex(make_run, table, tables):

@@ -1,4 +1,4 @@
-"""tools/shared_blocks.py: what counts as a block, what a difference is, and what --fix touches."""
+"""tools/maintenance/shared_blocks.py: what counts as a block, what a difference is, and what --fix touches."""
 
 import subprocess
 import sys
@@ -60,7 +60,7 @@ def folder(tmp_path):
 
 def tool(folder, *words):
     """Exit status, stdout, stderr."""
-    command = [sys.executable, ROOT / "tools" / "shared_blocks.py", "--folder", folder, *words]
+    command = [sys.executable, ROOT / "tools/maintenance/shared_blocks.py", "--folder", folder, *words]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 

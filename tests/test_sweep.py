@@ -1,4 +1,4 @@
-"""tools/sweep.py: what a plan holds, what it shares and skips, and what survives kills."""
+"""tools/experiments/sweep.py: what a plan holds, what it shares and skips, and what survives kills."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ ARMS = {
 
 @pytest.fixture(scope="module")
 def sweep():
-    return load_module("tools/sweep.py")
+    return load_module("tools/experiments/sweep.py")
 
 
 @pytest.fixture
@@ -330,7 +330,7 @@ def test_what_is_killed_goes_on_and_errors_are_kept(tmp_path):
     arms = {"bad": {}, "flaky": {}, "slow": {}}
     content = {"algorithms": ["pretender.py"], "tasks": ["task.yaml"], "arms": arms, "seeds": [0], "retries": 1}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content | {"resources": {"cpus": 0.5}}))
-    command = [sys.executable, ROOT / "tools/sweep.py", "sweep.yaml", "--num_cpus", "1"]
+    command = [sys.executable, ROOT / "tools/experiments/sweep.py", "sweep.yaml", "--num_cpus", "1"]
     folders = {arm: tmp_path / f"runs/sweep/pretended/pretender-{arm}-seed0" for arm in arms}
 
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as driver:

@@ -10,7 +10,7 @@ EXACT = {"rtol": 1e-8, "atol": 1e-8}
 
 @pytest.fixture(scope="module")
 def theory():
-    return load_module("tools/theory.py")
+    return load_module("tools/diagnostics/theory.py")
 
 
 @pytest.fixture(params=[0, 1, 2])

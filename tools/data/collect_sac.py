@@ -1,8 +1,8 @@
 """Train SAC on any Gymnasium task and roll it out into a data set in D4RL's raw HDF5 layout.
 
-    python tools/collect_sac.py Hopper-v4 --score 33 --rows 40000 --seed 0 --output data/hopper-medium-mini.hdf5
-    python tools/collect_sac.py Pendulum-v1 --return -400 --rows 10000 --output pendulum.hdf5
-    python tools/collect_sac.py Hopper-v4 --policy hopper.zip --rows 40000 --output hopper.hdf5
+    python tools/data/collect_sac.py Hopper-v4 --score 33 --rows 40000 --seed 0 --output data/hopper-medium-mini.hdf5
+    python tools/data/collect_sac.py Pendulum-v1 --return -400 --rows 10000 --output pendulum.hdf5
+    python tools/data/collect_sac.py Hopper-v4 --policy hopper.zip --rows 40000 --output hopper.hdf5
 
 Stable-Baselines3's SAC (MlpPolicy, default settings) is trained up to the first evaluation whose mean return reaches
 --score (D4RL-normalised; hopper, halfcheetah and walker2d only) or --return. That policy, or a saved one (--policy;
@@ -13,8 +13,8 @@ The file has one row a step, in time order: `observations`, `actions`, `rewards`
 observation also on an episode's last row), `terminals` (the environment terminated) and `timeouts` (the time limit was
 reached without terminating). Episodes are always whole: the one during which --rows is reached is still finished, so
 the file has --rows rows or slightly more. The file's attributes tell how it was made. The same command gives the same
-rows again with the same library versions on the same kind of CPU. tools/collect.py makes data for D4RL's own tasks,
-without training.
+rows again with the same library versions on the same kind of CPU. collect.py makes data for D4RL's own tasks, without
+training.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import mujoco
 import numpy as np
 import stable_baselines3
 import torch
-from collect import NOTE, write
+from collect import NOTE, fail, write
 from stable_baselines3 import SAC
 from tqdm import tqdm
 
@@ -96,10 +96,6 @@ def parse_args():
         if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
             fail(f"no such writable directory: {path.parent}")
     return args
-
-
-def fail(message):
-    sys.exit(f"collect_sac.py: error: {message}")
 
 
 def task_name(env_id):

@@ -1,7 +1,7 @@
 """Record single steps of D4RL's own simulators, for the tests that hold d4rl_envs to them.
 
-    .venv-d4rl/bin/python tools/record_d4rl.py                 # in the D4RL stack (tools/install_d4rl.sh): all nine
-    .venv-d4rl/bin/python tools/record_d4rl.py hopper door --out /tmp/recordings
+    .venv-d4rl/bin/python tools/maintenance/record_d4rl.py             # in the D4RL stack (install_d4rl.sh): all nine
+    .venv-d4rl/bin/python tools/maintenance/record_d4rl.py hopper door --out /tmp/recordings
 
 writes tests/data/d4rl_<name>.npz, `name` one of hopper, halfcheetah, walker2d, antmaze-umaze, antmaze-medium,
 antmaze-large, pen, door, relocate. tests/d4rl_recordings.py reads them back. A file has, for n steps:
@@ -138,7 +138,7 @@ def record(name, rows, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; without one, all")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "tests/data")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "tests/data")
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

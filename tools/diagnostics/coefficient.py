@@ -1,9 +1,9 @@
 """Measure how well the coefficients p(s, a) of an algorithm file tell offline pairs from others.
 
-    python tools/coefficient.py data/hopper-medium-mini.hdf5 --set vae_iterations=5000
-    python tools/coefficient.py hopper.hdf5 --other hopper-replay.hdf5 --json coefficients.json --pictures pictures
-    python tools/coefficient.py hopper.hdf5 --variants vae:vae_kl_target=0,vae_beta=0.5 vae:vae_mean_weight=1.0
-    python tools/coefficient.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --dataset hopper.hdf5
+    python tools/diagnostics/coefficient.py data/hopper-medium-mini.hdf5 --set vae_iterations=5000
+    python tools/diagnostics/coefficient.py hopper.hdf5 --other hopper-replay.hdf5 --json p.json --pictures pictures
+    python tools/diagnostics/coefficient.py hopper.hdf5 --variants vae:vae_kl_target=0,vae_beta=0.5 vae:vae_tail=mean
+    python tools/diagnostics/coefficient.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --dataset hopper.hdf5
 
 Of a data set (D4RL's HDF5 layout, actions in [-1, 1]; no simulator is needed), contiguous stretches with a tenth of the
 rows are held out, each coefficient is fitted to the rest, and p of held-out rows is set against p of
@@ -25,7 +25,6 @@ Needs requirements-dev.txt.
 import argparse
 import copy
 import dataclasses
-import importlib.util
 import io
 import json
 import os
@@ -39,6 +38,7 @@ import h5py
 import matplotlib
 import numpy as np
 import torch
+from bench import load_module
 from scipy.stats import kstest
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_auc_score, roc_curve
@@ -48,7 +48,7 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (after the backend is chosen)
 
-ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
+ALGORITHMS = Path(__file__).resolve().parents[2] / "algorithms"
 KINDS = ("random_action", "shuffled_action", "shifted_state", "other_level")
 LEVELS = (0.2, 0.5, 0.6, 0.7, 0.8)  # at which the share of held-out rows is counted, beside the threshold
 STRETCHES = 50  # of consecutive rows; one of each ten is held out
@@ -93,10 +93,7 @@ class Parser(argparse.ArgumentParser):
 def load_algorithm(path: Path) -> ModuleType:
     """An algorithm file as a module."""
     try:
-        spec = importlib.util.spec_from_file_location(f"measured_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # pyrallis looks for the source of the configuration's class
-        spec.loader.exec_module(module)
+        module = load_module(path)
         module.COEFFICIENTS, module.TrainConfig, module.load_dataset  # noqa: B018  (are they there?)
     except Exception as error:
         fail(f"{path} is no algorithm file with coefficients ({error})")

@@ -1,8 +1,8 @@
 """How much of a task's data each data level covers (Section 5.5, Appendix C.8), and the gain against it (Figure 5).
 
-    python tools/coverage.py --data medium=hopper_medium.hdf5 medium-replay=hopper_replay.hdf5 \\
+    python tools/diagnostics/coverage.py --data medium=hopper_medium.hdf5 medium-replay=hopper_replay.hdf5 \\
         --task hopper --json hopper.json --picture hopper.png
-    python tools/coverage.py --gain gains.csv --coverage hopper.json walker2d.json --picture gain.png
+    python tools/diagnostics/coverage.py --gain gains.csv --coverage hopper.json walker2d.json --picture gain.png
 
 --data: HDF5 files in D4RL's raw layout, all of one task. A repetition draws 10 % of every file's rows, embeds the
 states and, apart from them, the actions of all levels together in the plane (t-SNE), and cuts each embedding into

@@ -2,7 +2,7 @@
 
 A policy file (.npz) holds several actors of one task, oldest first, as stacked float32 arrays: w0 (n, observation,
 width), b0 (n, width), w1, b1 of the second hidden layer, w2, b2 of the output (mean, log standard deviation), and what
-they scored: `steps` (n,) of training, `scores` (n,). tools/train_policies.py writes them, tools/collect.py reads them.
+they scored: `steps` (n,) of training, `scores` (n,). train_policies.py writes them, collect.py reads them.
 """
 
 from pathlib import Path

@@ -1,20 +1,19 @@
 """Write a video of a saved policy.
 
-    python tools/watch.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --output hopper.mp4
+    python tools/experiments/watch.py runs/Hopper-v4/awac-samg-seed0/checkpoint.pt --output hopper.mp4
 
 Needs requirements-dev.txt. Without a screen, set MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa (CPU) before the command; on
 Debian they are in the packages libegl1 and libosmesa6.
 """
 
 import argparse
-import importlib.util
 from pathlib import Path
 
 import imageio
 import torch
+from sweep import ROOT, load_module
 from tqdm import tqdm
 
-ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 NO_SCREEN = "without a screen, set MUJOCO_GL=egl or osmesa and install their libraries (Debian: libegl1, libosmesa6)"
 
 
@@ -22,10 +21,7 @@ def load_policy(path: Path):
     """The agent of a checkpoint and its environment, made to render, from the algorithm file that wrote it."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        name = checkpoint["algorithm"]
-        spec = importlib.util.spec_from_file_location(name, ALGORITHMS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_module(ROOT / "algorithms" / f"{checkpoint['algorithm']}.py")
     except Exception as error:
         raise SystemExit(f"error: cannot read the checkpoint {path}: {error}") from None
     algorithm = next(value for value in vars(module).values() if hasattr(value, "ALGORITHM"))

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # D4RL's own simulators (gym 0.23.1, d4rl 1.1, MuJoCo 2.1) in a virtual environment of their own, on Linux:
-#   tools/install_d4rl.sh [folder]      .venv-d4rl if none is given; PYTHON names the Python, python3.11 by default
+#   tools/maintenance/install_d4rl.sh [folder]      .venv-d4rl if none is given; PYTHON names the Python, python3.11 by default
 #   .venv-d4rl/bin/python algorithms/awac_samg.py --config configs/awac/hopper_medium.yaml
 # Needs a C compiler, Python's headers and the headers of OSMesa and OpenGL; as root on Debian it installs the latter.
 set -euo pipefail
-here=$(cd "$(dirname "$0")/.." && pwd)
+here=$(cd "$(dirname "$0")/../.." && pwd)
 venv=${1:-$here/.venv-d4rl}
 python=${PYTHON:-python3.11}
 

@@ -1,6 +1,6 @@
 """The paper's tables and pictures from a folder of runs, as one HTML page and as files.
 
-    python tools/report.py runs --output report
+    python tools/experiments/report.py runs --output report
 
 Reads every run below the folder, <env>/<name>-seed<seed>, however deep, and writes report.html (all of it, nothing from
 elsewhere), tables/*.md, *.tex and *.csv, and figures/*.png; prints the tables of what was found. The page shows first
@@ -69,7 +69,7 @@ def exceptions(runs: list[Run], arms: list[Arm]) -> list[tuple[str, str, str]]:
 
 def commands(root: str, arms: list[Arm]) -> list[str]:
     """The command of the report, and for each arm one that repeats its first run."""
-    lines = [shlex.join(["python", "tools/report.py", root])]
+    lines = [shlex.join(["python", "tools/experiments/report.py", root])]
     for arm in arms:
         if arm.config and arm.algorithm in ALGORITHMS:
             config = f"{root.rstrip('/')}/{arm.runs[0].place}/config.yaml"

@@ -1,4 +1,4 @@
-"""The plain reference of tools/bench.py: the project's own baseline, not anyone's published code.
+"""The plain reference of bench.py: the project's own baseline, not anyone's published code.
 
 AWAC, IQL, CQL and Cal-QL without SAMG, as the field's single files usually write them: eager PyTorch, batches by one
 gather from each of five or six tensors, torch.optim.Adam with its defaults (on a CPU a loop over the parameters) and

@@ -1,7 +1,7 @@
 """SAMG's target on a tabular MDP that is solved exactly: docs/theory.md's statements, as functions and as a picture.
 
-    python tools/theory.py --output docs/theory.png
-    python tools/theory.py --horizon --output docs/horizon.png   # docs/learning.md: how far ahead the target looks
+    python tools/diagnostics/theory.py --output docs/theory.png
+    python tools/diagnostics/theory.py --horizon --output docs/horizon.png   # docs/learning.md: how far it looks ahead
 
 tests/test_theory.py proves the statements with these functions. Needs requirements-dev.txt.
 """

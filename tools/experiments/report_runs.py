@@ -1,4 +1,4 @@
-"""What tools/report.py knows of the runs: their folders read, their arms, and the statistics over seeds and tasks."""
+"""What report.py knows of the runs: their folders read, their arms, and the statistics over seeds and tasks."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ import yaml
 from plot import read_curve, read_rows
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "algorithms"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "algorithms"))
 from awac_samg import COEFFICIENTS, dataset_address, fail  # noqa: E402  (found only now)
 
 # The paper's column for an algorithm; a field that only this algorithm's configuration has; the name of its arms.
@@ -164,7 +164,7 @@ class Arm:
 
     @property
     def offline_only(self) -> bool:
-        """An offline phase that others start from, as tools/sweep.py makes them: it has no score online."""
+        """An offline phase that others start from, as sweep.py makes them: it has no score online."""
         return self.config.get("online_iterations") == 0
 
     @property
@@ -252,7 +252,7 @@ def one_field_apart(arms: list[Arm]) -> dict[tuple[str, str], list[tuple[str, li
 
 # --- The paper
 def read_paper() -> dict[tuple[int, str, str], tuple[float, float]]:
-    """{(table, task, column): (mean, std)} of tools/paper_tables.csv."""
+    """{(table, task, column): (mean, std)} of paper_tables.csv."""
     lines = Path(__file__).with_name("paper_tables.csv").read_text().splitlines()
     rows = csv.DictReader(line for line in lines if not line.startswith("#"))
     return {(int(r["table"]), r["task"], r["column"]): (float(r["mean"]), float(r["std"])) for r in rows}

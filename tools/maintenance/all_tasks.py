@@ -1,8 +1,8 @@
 """Every algorithm on every task of the paper, each briefly, one after another: what runs here, and how long it takes.
 
-    python tools/all_tasks.py                                              # all 72, on random data made here
-    python tools/all_tasks.py --data ~/.d4rl/datasets --json seconds.json  # on D4RL's data, or anybody's, by file name
-    python tools/all_tasks.py --algorithms awac iql --tasks hopper_medium antmaze_umaze
+    python tools/maintenance/all_tasks.py                                # all 72, on random data made here
+    python tools/maintenance/all_tasks.py --data ~/.d4rl/datasets --json s.json  # on D4RL's data or anybody's, by name
+    python tools/maintenance/all_tasks.py --algorithms awac iql --tasks hopper_medium antmaze_umaze
 
 A cell of the table is one algorithm's file with its configs/<algorithm>/<task>.yaml, networks and batches at full size,
 in a process and a folder of its own: 200 offline updates, 50 of the C-VAE, and 300 online steps, the last 200 with an
@@ -12,7 +12,7 @@ seconds of wall-clock from the process's start to its end. All this says what wo
 Without --data, each task gets whole episodes of random actions in its own simulator, 2,000 rows or a few more, in
 D4RL's HDF5 layout. --data names a folder with files under D4RL's names or as <env>.hdf5, or Cal-QL's for the binary
 Adroit tasks. --json also has each cell's CPU seconds. Exit status 1 if a cell fails. Needs requirements.txt and
-`pip install ./d4rl_envs`, or D4RL's own stack (tools/install_d4rl.sh).
+`pip install ./d4rl_envs`, or D4RL's own stack (tools/maintenance/install_d4rl.sh).
 """
 
 import argparse
@@ -38,7 +38,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ALGORITHMS = ("awac", "iql", "cql", "calql")
 TASKS = (
     *(f"{robot}_{level}" for robot in ("hopper", "halfcheetah", "walker2d")

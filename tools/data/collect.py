@@ -1,9 +1,9 @@
 """Make a data set in D4RL's raw HDF5 layout from small policies that ship with the project, without training anything.
 
-    python tools/collect.py hopper-medium                                # as many rows as D4RL's, hopper-medium-v2.hdf5
-    python tools/collect.py walker2d-medium --rows 20000 --simulator Walker2d-v4   # on Gymnasium's own physics
-    python tools/collect.py antmaze-umaze --rows 100000 --seed 1 --workers 4 --output antmaze.hdf5
-    python tools/collect.py door-human --demonstrations door-v0_demos.pickle
+    python tools/data/collect.py hopper-medium                           # as many rows as D4RL's, hopper-medium-v2.hdf5
+    python tools/data/collect.py walker2d-medium --rows 20000 --simulator Walker2d-v4   # on Gymnasium's own physics
+    python tools/data/collect.py antmaze-umaze --rows 100000 --seed 1 --workers 4 --output antmaze.hdf5
+    python tools/data/collect.py door-human --demonstrations door-v0_demos.pickle
 
 These are the project's own data, not D4RL's: other policies, if on the same simulators (d4rl_envs) and in the same
 manner. Do not compare scores from them with published D4RL results.
@@ -62,7 +62,7 @@ try:
 except ImportError:
     d4rl_envs = None
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTE = "This project's own data, not a D4RL data set: do not compare scores from it with published D4RL results."
 FLAGS = ("terminals", "timeouts")
 ENDS = ("rewards", *FLAGS, "infos/qpos", "infos/qvel")

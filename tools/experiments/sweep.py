@@ -1,9 +1,9 @@
 """Run a sweep, algorithms x tasks x arms x seeds, on this machine or on a Ray cluster; each offline phase runs once.
 
-    python tools/sweep.py sweeps/smoke.yaml --dry_run          # what would run
-    python tools/sweep.py sweeps/smoke.yaml                    # run it; the same command goes on after any interruption
-    python tools/sweep.py sweeps/paper.yaml --tasks hopper_medium walker2d_medium --seeds 0 1
-    python tools/sweep.py sweeps/paper.yaml --address auto     # on a Ray cluster
+    python tools/experiments/sweep.py sweeps/smoke.yaml --dry_run   # what would run
+    python tools/experiments/sweep.py sweeps/smoke.yaml             # the same command goes on after any interruption
+    python tools/experiments/sweep.py sweeps/paper.yaml --tasks hopper_medium walker2d_medium --seeds 0 1
+    python tools/experiments/sweep.py sweeps/paper.yaml --address auto   # on a Ray cluster
 
 For each algorithm, task and seed there is one offline phase; where arms need a fitted coefficient, one fit of each
 kind, which starts from the phase's checkpoint; and one online run an arm, which starts from the fit's or the phase's.
@@ -41,7 +41,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Fields that an offline phase and the fit of a coefficient do not look at: arms that differ in these alone share both.
 ONLINE_ONLY = {
@@ -411,7 +411,7 @@ def print_plan(sweep: Sweep, jobs: list[Job], left: list[Job], args: argparse.Na
         total = sum(hours.values())
         print(f"  {total:.3g} h one after another, {total / at_once:.3g} h with {at_once} at a time (--num_cpus)")
     else:
-        print("no estimate of time: --bench FILE takes one from updates per second, as tools/bench.py measures them")
+        print("no estimate of time: --bench FILE takes one from tools/diagnostics/bench.py's updates per second")
 
 
 # --- In a Ray worker

@@ -1,8 +1,8 @@
 """Keep the single files in step: a top-level block of the same name is identical to the letter in all of them.
 
-    python tools/shared_blocks.py                                               # check: exit status 1 on a difference
-    python tools/shared_blocks.py --matrix                                      # which file has which block
-    python tools/shared_blocks.py --fix algorithms/awac_samg.py [--block Run]   # copy a change through
+    python tools/maintenance/shared_blocks.py                             # check: exit status 1 on a difference
+    python tools/maintenance/shared_blocks.py --matrix                    # which file has which block
+    python tools/maintenance/shared_blocks.py --fix algorithms/awac_samg.py [--block Run]   # copy a change through
 
 A block is a top-level function, class or assignment with its decorators, the comments directly above it and whatever is
 indented below it, or the `# /// script` lines ("dependencies"). Neighbouring statements of one name are one block.
@@ -19,7 +19,7 @@ from itertools import combinations, groupby, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
+ALGORITHMS = Path(__file__).resolve().parents[2] / "algorithms"
 
 
 class Block(NamedTuple):

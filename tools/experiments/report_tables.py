@@ -1,4 +1,4 @@
-"""The tables of tools/report.py: each one is a grid of cells, for Markdown, LaTeX and HTML, and records for CSV."""
+"""The tables of report.py: each one is a grid of cells, for Markdown, LaTeX and HTML, and records for CSV."""
 
 import csv
 import io

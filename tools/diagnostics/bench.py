@@ -1,13 +1,13 @@
 """Measure speed and memory: updates, the online loop, fitting p, loading, start-up; on a CPU and on CUDA where it is.
 
-    python tools/bench.py                                        # every part, a Markdown table each
-    python tools/bench.py --only update --algorithms awac,cql --json bench.json
-    python tools/bench.py --only online,loading --clock cpu      # on a machine that does other work, too
-    python tools/bench.py --device cuda --variants eager,compiled,graphs --json cuda.json    # on a GPU
+    python tools/diagnostics/bench.py                                        # every part, a Markdown table each
+    python tools/diagnostics/bench.py --only update --algorithms awac,cql --json bench.json
+    python tools/diagnostics/bench.py --only online,loading --clock cpu      # on a machine that does other work, too
+    python tools/diagnostics/bench.py --device cuda --variants eager,compiled,graphs --json cuda.json    # on a GPU
 
 What is compared is measured in turns, a round of each after a round of the other, and the minimum and the median are
 given: absolute times depend on the machine and on what else it does, ratios within one run hardly. Updates stand
-against tools/plain_reference.py, the same algorithm as the field usually writes it, and against the limit: the
+against plain_reference.py, the same algorithm as the field usually writes it, and against the limit: the
 floating-point operations (FLOP) that the update cannot do without, counted from the layers' sizes, at the rate at
 which this device multiplies matrices in float32 here and now (256 x 256 on a CPU, 4,096 x 4,096 on CUDA).
 
@@ -35,8 +35,8 @@ import h5py
 import numpy as np
 import torch
 
-TOOLS = Path(__file__).resolve().parent
-FILES = {name: TOOLS.parent / "algorithms" / f"{name}_samg.py" for name in ("awac", "iql", "cql", "calql")}
+FOLDER = Path(__file__).resolve().parent
+FILES = {name: FOLDER.parents[1] / "algorithms" / f"{name}_samg.py" for name in ("awac", "iql", "cql", "calql")}
 OBS_DIM, ACT_DIM = 11, 3
 ENV = "Hopper-v4"
 PLAIN = "plain reference"
@@ -44,8 +44,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def load_module(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"measured_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # pyrallis looks for the config's source
     spec.loader.exec_module(module)
     return module
 
@@ -209,7 +209,7 @@ def make_case(name: str, args: argparse.Namespace) -> Case:
 
 
 def plain_update(case: Case) -> Callable:
-    plain = load_module(TOOLS / "plain_reference.py")
+    plain = load_module(FOLDER / "plain_reference.py")
     torch.manual_seed(0)
     reference = plain.PLAIN[case.name](case.config, OBS_DIM, ACT_DIM, case.args.device)
     s, a, r, s_next, d, _, extra = case.buffer().stored()
@@ -475,7 +475,7 @@ def as_markdown(title: str, rows: list[dict]) -> str:
 
 
 def updates_per_second(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each algorithm and phase, from the medians of the fastest variant: for tools/sweep.py's estimate."""
+    """Of each algorithm and phase, from the medians of the fastest variant: for the estimate of a sweep."""
     rates: dict[str, dict[str, float]] = {}
     for row in next(iter(results.get("update", {}).values()), []):
         phase, rate = "online" if row["samg"] == "on" else "offline", 1000 / row["median_ms"]

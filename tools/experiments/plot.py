@@ -1,6 +1,6 @@
 """Plot learning curves and p over time from the metrics.csv of runs: of each arm the mean and the range of its seeds.
 
-    python tools/plot.py runs/Walker2d-v4/awac-quickstart-seed* --output docs/quickstart.png
+    python tools/experiments/plot.py runs/Walker2d-v4/awac-quickstart-seed* --output docs/quickstart.png
 
 Runs whose folders differ in the seed only are an arm. Those that began at another's switch start there. Needs
 requirements-dev.txt.

@@ -1,8 +1,8 @@
-"""Train the behaviour policies that tools/collect.py rolls out: data/policies/*.npz. Nobody needs to run it again.
+"""Train the behaviour policies that collect.py rolls out: data/policies/*.npz. Nobody needs to run it again.
 
     pip install sbx-rl==0.28.0
-    python tools/train_policies.py hopper --output hopper.npz
-    python tools/train_policies.py ant --output ant.npz
+    python tools/data/train_policies.py hopper --output hopper.npz
+    python tools/data/train_policies.py ant --output ant.npz
 
 SAC of SBX (JAX) on the task's simulator in d4rl_envs. After every 1/100 of the training the policy is evaluated, with
 sampled actions, and the output is written anew: up to five policies from the way to the medium one, the medium one (the

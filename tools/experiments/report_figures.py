@@ -1,4 +1,4 @@
-"""The figures of tools/report.py, as PNG bytes that depend on the runs only."""
+"""The figures of report.py, as PNG bytes that depend on the runs only."""
 
 import io
 import math
