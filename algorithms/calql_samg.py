@@ -23,25 +23,20 @@ import contextlib
 import copy
 import csv
 import difflib
-import importlib.util
 import inspect
 import io
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shlex
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-import urllib.request
 import uuid
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -161,7 +156,11 @@ class TrainConfig:
     mixing_ratio: float = 0.5  # only for samg false with offline data kept: their share of each online batch
     is_sparse_reward: bool = False  # an episode without success has the return of failing for ever
 
-    # the fields that may be negative or infinite
+    # What check_config allows: at least 1 (as every frequency), at most 1, negative and infinite values too
+    COUNTS = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations", "fit_hidden_dim")
+    COUNTS += ("fit_iterations", "cql_n_actions", "target_update_period", "q_n_hidden_layers")
+    SHARES = ("p_threshold", "p_share", "vae_mean_weight", "mastered_share", "discount")
+    SHARES += ("soft_target_update_rate", "mixing_ratio")
     SIGNED = ("reward_bias", "cql_target_action_gap", "cql_clip_diff_min", "cql_clip_diff_max")
 
     def __post_init__(self) -> None:
@@ -169,20 +168,12 @@ class TrainConfig:
         self.name = self.name or "calql" + (arm if self.samg else "" if self.keep_offline_data else "-no-offline-data")
         check_config(self)
         check_cql(self)
-        if self.mixing_ratio > 1:
-            raise ValueError(f"mixing_ratio must be at most 1, it is {self.mixing_ratio}")
         if self.is_sparse_reward and self.discount == 1:
             raise ValueError("is_sparse_reward needs a discount below 1: the return of failing for ever is infinite")
 
 
 def check_cql(config: Any) -> None:
     """check_config's part for the fields of CQL and Cal-QL."""
-    for name in ("cql_n_actions", "target_update_period", "q_n_hidden_layers"):
-        if not getattr(config, name):
-            raise ValueError(f"{name} must be at least 1, it is 0")
-    for name in ("discount", "soft_target_update_rate"):
-        if getattr(config, name) > 1:
-            raise ValueError(f"{name} must be at most 1, it is {getattr(config, name)}")
     if not config.cql_temp:
         raise ValueError("cql_temp must be above 0")
     if config.cql_clip_diff_min > config.cql_clip_diff_max:
@@ -193,23 +184,21 @@ def check_config(config: Any) -> None:
     """Name the environment where none is given; raise ValueError for a value that no run can use."""
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
-    config.env = config.env or (config.dataset if str(config.dataset).startswith("minari:") else "hopper-medium-v2")
-    at_least_1 = ("threads", "n_test_episodes", "hidden_dim", "vae_hidden_dim", "vae_iterations", "fit_hidden_dim")
-    at_least_1 += ("fit_iterations",)
-    shares = ("p_threshold", "p_share", "vae_mean_weight", "mastered_share", "gamma", "tau")
-    for name, value in asdict(config).items():
-        finite = not isinstance(value, (int, float)) or 0 <= value < math.inf
-        if not (value == value if name in config.SIGNED else finite):
-            raise ValueError(f"{name} must be finite and not negative, it is {value}")
-        if (value == 0 and (name in at_least_1 or name.endswith("_frequency"))) or (name in shares and value > 1):
-            raise ValueError(f"{name} must be {'at most' if value else 'at least'} 1, it is {value}")
-    if config.coefficient not in COEFFICIENTS:
-        raise ValueError(f"coefficient must be one of {', '.join(COEFFICIENTS)}, not {config.coefficient!r}")
-    if config.vae_tail not in ("mean", "joint"):
-        raise ValueError(f"vae_tail must be mean or joint, not {config.vae_tail!r}")
+    config.env = config.env or (config.dataset if re.match("minari:|ogbench:", config.dataset) else "hopper-medium-v2")
     config.compile = config.compile.lower()
-    if config.compile not in ("auto", "true", "false"):
-        raise ValueError(f"compile must be auto, true or false, not {config.compile!r}")
+    words = {"coefficient": COEFFICIENTS, "vae_tail": ("mean", "joint"), "compile": ("auto", "true", "false")}
+    for name, value in asdict(config).items():
+        if isinstance(value, str):
+            if value not in words.get(name, (value,)):
+                raise ValueError(f"{name} must be one of {', '.join(words[name])}, not {value!r}")
+        elif name in config.SIGNED:
+            if math.isnan(value):
+                raise ValueError(f"{name} must be a number, it is nan")
+        else:
+            low, high = int(name in config.COUNTS or "_frequency" in name), 1 if name in config.SHARES else math.inf
+            if not low <= value <= high or value == math.inf:
+                bound = f"at most {high}" if value > high else f"finite and at least {low}"
+                raise ValueError(f"{name} must be {bound}, it is {value}")
     if config.guidance_fade and not config.guidance_steps:
         raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
     if not 2 <= config.batch_size <= config.buffer_size:
@@ -293,26 +282,10 @@ def parse_config(config_class: type, argv: list[str], given: set[str] | None = N
 
 
 # --- Environment and data
-# D4RL's reference returns (min, max): the score is 100 * (return - min) / (max - min)
-REFERENCE_RETURNS = {
-    **{"hopper": (-20.272305, 3234.3), "halfcheetah": (-280.178953, 12135.0), "walker2d": (1.629008, 4592.3)},
-    **{"pen": (96.262799, 3076.8331017826877), "door": (-56.512833, 2880.5693087298737)},
-    **{"relocate": (-6.425911, 4233.877797728884)},
-}
-D4RL_NAMES = "(hopper|halfcheetah|walker2d)-(random|medium|expert|medium-replay|full-replay|medium-expert)-v[0-2]"
-D4RL_NAMES += "|antmaze-(umaze|medium|large)(-play|-diverse)?-v[0-2]|(pen|door|relocate)-(human|cloned|expert)-v[01]"
-D4RL_NAMES += "|(pen|door|relocate)-binary-v0|(Hopper|HalfCheetah|Walker2d)-v[2-5]"
-LOCOMOTION = {"hopper": "Hopper-v4", "halfcheetah": "HalfCheetah-v4", "walker2d": "Walker2d-v4"}
-DATASET_HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
 COLUMN_ORDER = ("rewards", "terminals", "timeouts", "observations", "actions", "next_observations")  # as they are read
 
 
 LARGEST = 1e15  # of states, actions, rewards: sums of squares still fit float32
-
-
-def d4rl_family(task: str) -> str:
-    """hopper, antmaze, pen, ... where D4RL's scores apply: to its own names, and Gymnasium's three robots; else ''."""
-    return task.split("-")[0].lower() if re.fullmatch(D4RL_NAMES, task) else ""
 
 
 def seed_global_streams(seed: int) -> None:
@@ -328,23 +301,14 @@ def derive_seed(seed: int, stream: str, index: int = 0) -> int:
 
 
 class Environment:
-    """A simulator behind one interface. Adroit's `-binary` tasks (Cal-QL) pay -1 a step, 0 at the goal.
-
-    As in Cal-QL, the goal ends these, a dropped pen does not; evaluations go on, for the whole dense return [ours].
-    """
+    """A simulator behind one interface: flat float32 observations, seeded episodes, and D4RL's scores."""
 
     def __init__(self, name: str, ends_at_goal: bool = True, max_steps: int = 0, **options: Any) -> None:
-        self.ends_at_goal = ends_at_goal
+        """`ends_at_goal` false: binary Adroit's evaluations go on, for the whole dense return [ours]."""
         seed_global_streams(0)  # a simulator may draw from them while it is made
-        self.env, self.old_api = make_simulator(name, options)
-        spec = getattr(self.env, "spec", None)
-        task = spec.id if name.startswith("minari:") else name
-        self.name, self.family = name, d4rl_family(task)
-        self.binary = bool(self.family) and "-binary-" in task
-        self.counts_success = self.binary or self.family == "antmaze"
-        self.normalized = self.counts_success or self.family in REFERENCE_RETURNS
+        self.name, (self.env, self.scoring) = name, make_simulator(name, ends_at_goal, options)
         self.check_spaces(self.env.observation_space, self.env.action_space)
-        own_limit = getattr(spec, "max_episode_steps", None) or 0
+        own_limit = getattr(getattr(self.env, "spec", None), "max_episode_steps", None) or 0
         if 0 < own_limit < max_steps:
             fail(f"max_episode_steps {max_steps} is above the time limit of {name}, {own_limit}")
         self.time_limit = self.max_steps = max_steps or own_limit  # 0: none
@@ -368,14 +332,9 @@ class Environment:
     def reset(self, seed: int) -> np.ndarray:
         """Start the episode that belongs to this seed. Returns the first observation, (obs_dim,) float32."""
         self.episode_return, self.solved, self.steps = 0.0, False, 0
-        seed_global_streams(seed)  # on D4RL's antmaze the goal comes from numpy's
+        seed_global_streams(seed)
         try:
-            if not self.old_api:
-                return self.read(self.env.reset(seed=seed)[0])
-            # There, the seed stops at a wrapper, too.
-            for simulator in (self.env, getattr(self.env.unwrapped, "_wrapped_env", self.env)):
-                simulator.seed(seed)
-            return self.read(self.env.reset())
+            return self.read(self.env.reset(seed=seed)[0])
         except Exception as error:
             fail(f"{self.name}: reset() failed, {type(error).__name__}: {error}")
 
@@ -392,258 +351,81 @@ class Environment:
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         """Returns (observation, reward, terminated, truncated); a time limit truncates, it does not terminate."""
         try:
-            observation, reward, *ends, info = self.env.step(np.array(action))
+            observation, reward, terminated, truncated, info = self.env.step(np.array(action))
             reward = np.asarray(reward, float).item()
             observation = self.read(observation, reward)
         except Exception as error:
             fail(f"{self.name}: step() failed, {type(error).__name__}: {error}")
-        if self.old_api:
-            truncated = bool(info.get("TimeLimit.truncated", False))
-            terminated = ends[0] and not truncated
-        else:
-            terminated, truncated = ends
         self.steps += 1
-        truncated = truncated or self.steps == self.max_steps
-        self.episode_return += reward
-        solved = bool(info["goal_achieved"]) if self.binary else reward > 0
-        self.solved |= solved
-        if self.binary:
-            terminated, truncated = solved and self.ends_at_goal, truncated or "TimeLimit.truncated" in info
-        return observation, solved - 1.0 if self.binary else reward, bool(terminated), bool(truncated)
+        self.episode_return += info.get("dense_reward", reward)
+        self.solved |= bool(info.get("goal_achieved", reward > 0))
+        return observation, reward, bool(terminated), bool(truncated) or self.steps == self.max_steps
 
     def score(self) -> float:
         """Of the episode so far: D4RL's normalised score; where success counts, 100 or 0; else the return itself."""
-        if self.counts_success or not self.normalized:
-            return 100.0 * self.solved if self.counts_success else self.episode_return
-        low, high = REFERENCE_RETURNS[self.family]
+        if self.scoring is None or self.scoring == "success":
+            return 100.0 * self.solved if self.scoring else self.episode_return
+        low, high = self.scoring
         return 100.0 * (self.episode_return - low) / (high - low)
 
 
-def make_simulator(name: str, options: dict[str, Any]) -> tuple[Any, bool]:
-    """The simulator of that name, from gym with d4rl (then True: the old interface) or from Gymnasium."""
-    family = d4rl_family(name)
-    env_id = name.replace("binary-v0", "cloned-v1") if family else name
+def import_package() -> Any:
+    """d4rl_envs, which has D4RL's tasks and scores and reads other data sets than HDF5 files; None without it."""
+    with contextlib.suppress(ImportError):
+        import d4rl_envs
+
+        return d4rl_envs if hasattr(d4rl_envs, "make") else None  # not a folder of that name, such as the checkout's
+
+
+PACKAGE = "d4rl_envs: pip install ./d4rl_envs, in a checkout of the project"
+
+
+def make_simulator(name: str, ends_at_goal: bool, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The simulator of that name and its d4rl_envs.scoring: without that package Gymnasium's own, without scores."""
+    package = import_package()
     try:
-        if name.startswith("minari:"):
-            return open_minari(name).recover_environment(**options), False
-        if (gym := import_old_stack()) and env_id in gym.envs.registry.env_specs:
-            return gym.make(env_id), True
+        if package:
+            return package.make(name, ends_at_goal=ends_at_goal, **options), package.scoring(name)
         import gymnasium
 
-        if (spec := importlib.util.find_spec("d4rl_envs")) and spec.origin:  # None: a folder, such as the checkout's
-            import d4rl_envs  # noqa: F401  (registers D4RL's names)
-        elif family in LOCOMOTION and env_id[0].islower():
-            tqdm.write(f"{env_id}: without d4rl or d4rl_envs it runs on Gymnasium's v4, whose physics differ slightly")
-            env_id = LOCOMOTION[family]
-        elif family and env_id[0].islower():
-            raise ValueError("it needs D4RL's simulators: install d4rl_envs, or gym 0.23.1 with d4rl")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
-            return gymnasium.make(env_id, **options), False
+        env = gymnasium.make(name, **options)
+        tqdm.write(f"{name}: scores are returns; D4RL's come with {PACKAGE}")
+        return env, None
     except Exception as error:
-        fail(f"cannot make the environment {name!r}: {reason(error)}")
+        more = "" if package else f" (D4RL's, Minari's and OGBench's tasks need {PACKAGE})"
+        fail(f"cannot make the environment {name!r}: {reason(error)}{more}")
 
 
-def import_old_stack() -> Any:
-    """gym, where it and d4rl are installed and can be imported; None, said once, where they cannot."""
+def read_columns(dataset: Path | str, task: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The columns of an HDF5 file in D4RL's raw layout, one at a time; of whatever else, what d4rl_envs reads.
+
+    timeouts and next_observations come only if the data have them.
+    """
     try:
-        if not all(importlib.util.find_spec(module) for module in ("gym", "d4rl")):
-            return None
-        os.environ.setdefault("D4RL_SUPPRESS_IMPORT_ERROR", "1")
-        import d4rl.gym_mujoco  # noqa: F401  by name: without mjrl, d4rl's own import stops before it
-        import gym
-        from d4rl.locomotion import maze_env
+        if Path(dataset).is_file() and h5py.is_hdf5(dataset):
+            with h5py.File(dataset) as file:
+                if "data" not in file:  # robomimic's
+                    return (yield from read_hdf5(dataset, file))
+        package = import_package()
+        if not package:
+            convert = f"python -m d4rl_envs.sources {dataset or task} out.hdf5"
+            fail(f"{dataset or task} is no HDF5 file; it is read by {PACKAGE}, or made one by `{convert}` elsewhere")
+        from d4rl_envs import sources
 
-        maze_env.print = lambda *args, **kwargs: None  # it prints the goal at every reset
-        return gym if gym.envs.registry.env_specs else None
-    except Exception as error:
-        tqdm.write(f"warning: gym and d4rl cannot be imported, so Gymnasium is used ({reason(error)[:200]})")
-
-
-def dataset_address(env: str) -> str:
-    """The address of D4RL's HDF5 file for a D4RL name, '' if it has none."""
-    if match := re.fullmatch("(hopper|halfcheetah|walker2d)-(.+)-v2", env):
-        return f"{DATASET_HOST}/gym_mujoco_v2/{match[1]}_{match[2].replace('-', '_')}-v2.hdf5"
-    if match := re.fullmatch("antmaze-(umaze|medium|large)(-play|-diverse)?-v2", env):
-        maze = {"umaze": "u-maze", "medium": "big-maze", "large": "hardest-maze"}[match[1]]
-        flags = f"multistart_{match[2] is not None}_multigoal_{match[2] == '-diverse'}"
-        return f"{DATASET_HOST}/ant_maze_v2/Ant_maze_{maze}_noisy_{flags}_sparse_fixed.hdf5"
-    match = re.fullmatch("(pen|door|relocate)-(human|cloned)-v1", env)
-    return f"{DATASET_HOST}/hand_dapg_v1/{env}.hdf5" if match else ""
-
-
-def find_dataset(env: str, dataset: str) -> Path | str:
-    """What load_dataset reads: `dataset`, or what it holds for `env`; if empty, D4RL's file, found or downloaded."""
-    alternatives = "give another data set by path with --dataset, or make one with tools/data/collect.py"
-    if (source := str(dataset) or env).startswith("minari:"):
-        return source
-    if dataset and not Path(dataset).is_dir():
-        return Path(dataset) if Path(dataset).is_file() else fail(f"no data set at {dataset}; {alternatives}")
-    folders = [dataset] if dataset else [os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets", "~/.d4rl/datasets"]
-    folders, address = [Path(folder).expanduser() for folder in folders], dataset_address(env)
-    names = list(dict.fromkeys([Path(address).name or f"{env}.hdf5", f"{env}.hdf5"]))  # D4RL's own name first
-    if found := [folder / name for folder in folders for name in names if (folder / name).is_file()]:
-        return found[0]
-    if "-binary-" in env and d4rl_family(env):
-        if missing := [str(path) for path in binary_files(folders[0], env) if not path.is_file()]:
-            fail(f"{env} needs Cal-QL's {' and '.join(missing)}; name the folder of such files with --dataset")
-        return folders[0]
-    if dataset:
-        fail(f"no {' or '.join(names)} in {dataset}; {alternatives}")
-    if not address:
-        fail(f"D4RL has no single data file for {env!r}; {alternatives}")
-    path = folders[0] / Path(address).name
-    aside = path.with_suffix(f".{os.getpid()}.part")  # other runs may download it at the same time
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(address, timeout=30) as response, open(aside, "wb") as file:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm.wrapattr(file, "write", total=size, desc=path.name) as out:
-                shutil.copyfileobj(response, out)
-        h5py.File(aside).close()  # a cut-off download does not open
-        aside.replace(path)
-        return path
-    except Exception as error:
-        why = f"could not download {address} ({reason(error)})"
-        fail(f"{why}; put the file into {path.parent} by hand, or {alternatives}")
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_hdf5(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The columns of a file in D4RL's raw layout, one at a time; timeouts, next_observations only if it has them."""
-    try:
-        with h5py.File(path) as file:
-            if missing := sorted({*COLUMN_ORDER} - file.keys() - {"next_observations", "timeouts"}):
-                fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}, but {', '.join(file)}")
-            for key in (key for key in COLUMN_ORDER if key in file):
-                if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
-                    fail(f"{path}: {key} is not an array of numbers")
-                yield key, file[key][()]
+        yield from sources.read(str(dataset), task)
     except OSError as error:
-        fail(f"cannot read {path} as HDF5, it may be cut off or of another kind ({reason(error)})")
+        fail(f"cannot read {dataset}, it may be cut off or of another kind ({reason(error)})")
+    except ValueError as error:
+        fail(str(error))
 
 
-def join_episodes(episodes: list[tuple]) -> Iterator[tuple[str, np.ndarray]]:
-    """Columns as read_hdf5's of episodes (r, d, s, a, s'); the last row of each is a timeout, terminal or not."""
-    parts = [list(column) for column in zip(*episodes)]
-    parts.insert(2, [np.arange(len(rewards)) == len(rewards) - 1 for rewards in parts[0]])
-    return ((key, np.concatenate(column, dtype=np.float32)) for key, column in zip(COLUMN_ORDER, parts))
-
-
-def open_minari(name: str) -> Any:
-    """The Minari data set of `minari:<id>`, downloaded if it is not here."""
-    try:
-        import minari
-
-        return minari.load_dataset(name.removeprefix("minari:"), download=True)
-    except Exception as error:
-        install = 'install: pip install "minari[hf]"; here already: minari list local'
-        fail(f"cannot open {name}: {reason(error)} ({install})")
-
-
-def read_minari(name: str) -> Iterator[tuple[str, np.ndarray]]:
-    dataset = open_minari(name)
-    if len(dataset.observation_space.shape or ()) != 1:
-        fail(f"{name} has no flat observations, they are {dataset.observation_space}")
-    try:
-        every = tqdm(dataset.iterate_episodes(), name, dataset.total_episodes, leave=False, delay=1)
-        episodes = []
-        for e in every:
-            s, a, r, d = e.observations, e.actions, e.rewards, e.terminations
-            if not len(s) - 1 == len(a) == len(r) == len(d):
-                raise ValueError(
-                    f"episode {e.id} has {len(s)} observations, {len(a)} actions, {len(r)} rewards and {len(d)} "
-                    "terminations; it needs one observation more than the others"
-                )
-            episodes.append((r, d, s[:-1], a, s[1:]))
-        return join_episodes(episodes)
-    except Exception as error:
-        fail(f"cannot read {name}: {reason(error)}")
-
-
-def binary_files(folder: Path, env: str) -> list[Path]:
-    """Cal-QL's for a binary Adroit task: demonstrations, and rollouts of policies cloned from them."""
-    hand = env.split("-")[0]
-    return [folder / f"{hand}2_sparse.npy", folder / f"{hand}_bc_sparse4.npy"]
-
-
-class PickledType:
-    """What stands for a dtype in a pickle: only plain numbers, and objects that stand in a list."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if not re.fullmatch("[biuf][0-9]{1,2}|O8?", code):
-            raise pickle.UnpicklingError(f"it holds {code!r} values, not only arrays of numbers")
-        self.code = code[0] if code[0] == "O" else code
-
-    def __setstate__(self, state: tuple) -> None:
-        self.code = (">" if state[1] == ">" else "") + self.code.lstrip(">")
-
-
-class PickledArray(np.ndarray):
-    """What stands for an array in a pickle: numpy fills it, from bytes of just its size or from a list."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, kind, is_fortran, content = state
-        if type(kind) is not PickledType or min(shape, default=0) < 0:
-            raise pickle.UnpicklingError("an array's shape or kind is none")
-        dtype = np.dtype(kind.code)
-        held, width = (list, 1) if dtype.hasobject else (bytes, dtype.itemsize)
-        if type(content) is not held or len(content) != math.prod(shape) * width:
-            raise pickle.UnpicklingError("an array's content does not fit its shape")
-        super().__setstate__((1, tuple(shape), dtype, bool(is_fortran), content))
-
-
-def pickled_scalar(kind: PickledType, content: bytes) -> Any:
-    array = PickledArray(0)
-    array.__setstate__((1, (), kind, False, content))
-    return array[()]
-
-
-def pickled_bytes(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # as protocol 2 writes bytes
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Admits arrays of numbers, and lists of such, beside Python's own kinds of values: other pickles could run code.
-
-    No function of numpy's is called with what the file says: those trust it, and read whatever address it names.
-    """
-
-    ADMITTED = {"multiarray._reconstruct": lambda *_: PickledArray(0), "multiarray.scalar": pickled_scalar}
-    ADMITTED |= {"numpy.ndarray": None, "numpy.dtype": PickledType, "_codecs.encode": pickled_bytes}
-    ADMITTED |= {"__builtin__.bytes": lambda: b"", "collections.OrderedDict": dict}
-
-    def find_class(self, module: str, name: str) -> Any:
-        key = f"{re.sub(r'^numpy[.](_?core)[.]', '', module)}.{name}"
-        if key not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, not only arrays")
-        return self.ADMITTED[key]
-
-
-def read_binary(folder: Path, env: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The columns that Cal-QL trains on (github.com/nakamotoo/Cal-QL, get_hand_dataset_with_mc_calculation).
-
-    Each trajectory up to its last solved row, none if there is none; every solved row, of reward 0, is a terminal.
-    """
-    episodes = []
-    for path in binary_files(folder, env):
-        try:
-            with open(path, "rb") as file:
-                getattr(np.lib.format, "read_array_header_{}_{}".format(*np.lib.format.read_magic(file)))(file)
-                trajectories = ArrayUnpickler(file).load()
-            for trajectory in trajectories:
-                keys = ("observations", "actions", "next_observations")
-                rows = ([x["state_observation"] if isinstance(x, dict) else x for x in trajectory[key]] for key in keys)
-                s, a, s_next = map(np.array, rows)
-                rewards = np.ravel(trajectory["rewards"])[: len(a)]  # a demonstration has one more
-                if not np.isin(rewards, (-1, 0)).all():
-                    raise ValueError("its rewards are not all -1 or 0")
-                if n := len(np.trim_zeros(rewards == 0, "b")):
-                    episodes.append((rewards[:n], rewards[:n] == 0, s[:n], a[:n].clip(-1, 1), s_next[:n]))
-        except Exception as error:
-            fail(f"{path} is not as Cal-QL's ({type(error).__name__}: {error})")
-    return join_episodes(episodes) if episodes else fail(f"no trajectory in {folder} solves {env}")
+def read_hdf5(path: Path | str, file: h5py.File) -> Iterator[tuple[str, np.ndarray]]:
+    if missing := sorted({*COLUMN_ORDER} - file.keys() - {"next_observations", "timeouts"}):
+        fail(f"{path} is not in D4RL's layout: it has no {', '.join(missing)}, but {', '.join(file)}")
+    for key in (key for key in COLUMN_ORDER if key in file):
+        if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
+            fail(f"{path}: {key} is not an array of numbers")
+        yield key, file[key][()]
 
 
 def continuity_breaks(rows: np.ndarray, s: int, a: int, recorded: bool) -> np.ndarray:
@@ -676,22 +458,18 @@ def guess_timeouts(terminals: np.ndarray, breaks: np.ndarray, limit: int) -> np.
 
 
 def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Read a data set: HDF5 in D4RL's raw layout, `minari:<id>`, or a folder; what does not fit ends the program.
+    """Read a data set (read_columns); what does not fit ends the program.
 
     Returns the transitions as rows [s | a | r | s' | d | 0 | end], (n, 2 obs_dim + act_dim + 4) float32, and the
     complete episodes' returns; `end` is 1 on the last row of an episode's. A timeout is no terminal. In a file without
     next_observations the next row is the successor; then a timeout's row has none and is dropped, as is a last row that
     ends no episode. Flags are truth values: whatever is not 0 is true.
     """
-    if str(path).startswith("minari:"):
-        columns = read_minari(path)
-    else:
-        columns = read_binary(path, env.name) if Path(path).is_dir() else read_hdf5(path)
     s, a = env.obs_dim, env.act_dim
     places = {"observations": np.s_[:, :s], "actions": np.s_[:, s : s + a], "rewards": np.s_[:, s + a]}
     places |= {"next_observations": np.s_[:, s + a + 1 : -3], "terminals": np.s_[:, -3]}
     rows = timeouts = None
-    for key, array in columns:  # one after another, so that there is never a second copy of all
+    for key, array in read_columns(path, env.name):  # one after another, so that there is never a second copy of all
         if rows is None:
             rows = np.zeros((array.size, 2 * s + a + 4), np.float32)
             if not array.size:
@@ -752,14 +530,12 @@ def column_moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def reward_transform(env: Environment, episode_returns: np.ndarray, config: Any) -> tuple[float, float]:
     """CORL's reward normalisation as (scale, bias): rewards enter the buffers as scale * r + bias."""
-    if not config.normalize_reward or env.family == "antmaze":
+    if not config.normalize_reward or env.name.startswith("antmaze"):
         return config.reward_scale, config.reward_bias or (-1.0 if config.normalize_reward else 0.0)
-    if env.family not in LOCOMOTION or len(episode_returns) < 2 or np.ptp(episode_returns) == 0:
-        fail(f"{env.name}: normalize_reward needs antmaze, or locomotion with complete episodes of different returns")
-    if not (limit := config.max_episode_steps or env.env.spec.max_episode_steps):
-        fail(f"{env.name}: normalize_reward needs a time limit: set max_episode_steps")
-    scale = limit / float(np.ptp(episode_returns))
-    return scale * config.reward_scale, config.reward_bias
+    if not env.time_limit or len(episode_returns) < 2 or np.ptp(episode_returns) == 0:
+        needs = "a time limit (max_episode_steps sets one) and complete episodes of different returns"
+        fail(f"{env.name}: normalize_reward needs antmaze, or {needs}")
+    return env.time_limit / float(np.ptp(episode_returns)) * config.reward_scale, config.reward_bias
 
 
 # --- Replay buffer
@@ -1403,7 +1179,7 @@ class CalQL(nn.Module):
             action += np.exp(log_std) * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
         return np.minimum(np.maximum((low + high) / 2 + (high - low) / 2 * np.tanh(action), low), high)
 
-    def update(self, batch: Batch, guided: bool) -> dict[str, torch.Tensor]:
+    def update(self, batch: Batch, guided: bool = False) -> dict[str, torch.Tensor]:
         """One step of policy, temperature and critics, each from the same old parameters, as CORL; unguided, p is 0."""
         self.updates += 1
         moves_target = self.updates % self.config.target_update_period == 0
@@ -1557,14 +1333,7 @@ def evaluate(agent: nn.Module, env: Environment, n_episodes: int, seed: int) -> 
 
 
 # --- Checkpoint and log
-COLUMNS = (
-    *("score", "return", "train_return", "p_mean", "p_share", "p_q10", "p_q50", "p_q90", "guidance_weight"),
-    *("vae_reconstruction", "vae_kl", "vae_beta", "fit_loss", "mastered_rows", "p_mastered_before", "p_mastered_after"),
-    *("p_known_before", "p_known_after", "p_probe_before", "p_probe_after", "adapt_accepted", "steps_per_second"),
-)
-
-
-FORMAT = 2  # of checkpoints: another number, another content
+FORMAT = 3  # of checkpoints: another number, another content
 
 
 def write_whole(path: Path, content: Any) -> None:
@@ -1578,6 +1347,15 @@ def write_whole(path: Path, content: Any) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def check_sum(content: Any) -> int:
+    """CRC-32 of nested dicts and lists of tensors and plain values."""
+    if isinstance(content, dict):
+        content = [*content.items()]
+    if isinstance(content, (list, tuple)):
+        content = [check_sum(part) for part in content]
+    return zlib.crc32(content.cpu().numpy().tobytes() if torch.is_tensor(content) else repr(content).encode())
 
 
 DIVERGED = "the run has diverged: try a smaller learning rate, or smaller states and rewards where these are large"
@@ -1597,32 +1375,12 @@ def load_checkpoint(path: Path, algorithm: type) -> dict[str, Any]:
         fail(f"{path} is of {found}, not of {algorithm.ALGORITHM}")
     if (number := checkpoint.get("format", 1)) != FORMAT:
         fail(f"{path} has format {number}, this file reads {FORMAT}: use the version that wrote it")
-    try:
-        if missing := {"agent", "config", "progress", "coefficient", "buffer", "random_cpu"} - checkpoint.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        config, ours = checkpoint["config"], asdict(TrainConfig())
-        if other := sorted(config.keys() ^ ours.keys()):
-            raise ValueError(f"its configuration has other fields than this file's: {', '.join(other)}")
-        if wrong := [name for name, value in ours.items() if not is_like(config[name], value)]:
-            raise ValueError(f"its {wrong[0]} is {config[wrong[0]]!r}")
-        checkpoint["config"] = TrainConfig(**config)
-        for name, tensor in (checkpoint["agent"] | checkpoint["coefficient"]).items():
-            if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} is not finite")
-    except Exception as error:
-        fail(f"{path} cannot be used: {reason(error)}")
+    if checkpoint.pop("check_sum", None) != check_sum(checkpoint):
+        fail(f"{path} is not as a run wrote it: its check sum is another")
+    if other := sorted(checkpoint["config"].keys() ^ asdict(TrainConfig()).keys()):
+        fail(f"{path}: its configuration has other fields than this file's: {', '.join(other)}")
+    checkpoint["config"] = TrainConfig(**checkpoint["config"])
     return checkpoint
-
-
-def is_like(value: Any, ours: Any) -> bool:
-    """Whether a plain value from a file is of the kind of ours: whole numbers from 0 on, lists and dicts of numbers."""
-    if isinstance(ours, (list, dict)):
-        inner = value.values() if isinstance(value, dict) else value
-        same = type(value) is type(ours) and (not ours or len(value) == len(ours))
-        return same and all(is_like(x, [] if isinstance(x, list) else 0.0) for x in inner)
-    if isinstance(ours, float):
-        return isinstance(value, (int, float)) and value == value
-    return type(value) is type(ours) and (type(value) is not int or value >= 0)
 
 
 def different(config: Any, other: Any) -> dict[str, str]:
@@ -1674,10 +1432,14 @@ def quantiles(values: torch.Tensor, shares: tuple[float, ...]) -> list[float]:
 
 
 class Run:
-    """A run's state, folder and log. `step`, offline then coefficient updates then online, alone tells the phase."""
+    """A run's state, folder and log. `step` counts the updates before the switch, then online steps: it tells the phase.
 
+    What it does with the data and with each online step stands in the methods below `# --- Phases`.
+    """
+
+    COLUMNS = ("score", "return", "train_return", "steps_per_second")
     PROGRESS = ("step", "episode", "metrics_size", "dataset_checksum", "reward_scale", "reward_bias", "evaluations")
-    PROGRESS += ("train_episodes", "adapt_report", "seconds", "peak_memory_mb", "collapsed")
+    PROGRESS += ("train_episodes", "seconds", "peak_memory_mb")
     CARRIED = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")  # over the switch, to another run
     # What a resumed run may change, and what one from an offline checkpoint may not
     RESUMABLE = {"resume", "device", "threads", "wandb", "checkpoint_frequency", "dataset", "online_iterations"}
@@ -1702,27 +1464,66 @@ class Run:
         self.env = Environment(config.env, **limit)
         self.eval_env = Environment(config.env, ends_at_goal=False, **limit)
         torch.manual_seed(derive_seed(config.seed, "networks"))
-        self.agent = algorithm(config, self.env, self.device)
-        kind = COEFFICIENTS[config.coefficient if config.samg else "none"]
-        self.coefficient = kind(config, self.env.obs_dim, self.env.act_dim, self.device)
-        self.parts = {"agent": self.agent, "coefficient": self.coefficient} | self.agent.optimizers
-        self.parts |= self.coefficient.optimizers
-        self.keeps_offline_data = not config.samg and config.keep_offline_data
+        self.parts = self.build()  # what checkpoints hold
         self.dataset = self.buffer = self.wandb = None  # the ReplayBuffers before and after the switch; wandb's run
-        self.step = self.episode = self.dataset_checksum = self.collapsed = 0
+        self.step = self.episode = self.dataset_checksum = 0
         self.stop_signal = self.stop_time = self.save_wanted = 0  # what signals have asked for, and when
         self.metrics_size = [0, 0]  # of metrics.csv: bytes, and their CRC-32
-        self.reward_scale, self.reward_bias, self.peak_memory_mb, self.adapt_report = 1.0, 0.0, 0.0, {}
+        self.reward_scale, self.reward_bias, self.peak_memory_mb = 1.0, 0.0, 0.0
         self.evaluations: list[list] = []  # [is online, step within its phase, score, return]
         self.train_episodes: list[list] = []  # [online step at its end, score, return]
-        parts = ("offline", "coefficient", "act", "environment", "insert", "update", "evaluation")
+        parts = (*(phase for phase, *_ in self.phases()), "act", "environment", "insert", "update", "evaluation")
         self.seconds = dict.fromkeys(parts, 0.0)
+
+    # --- Phases
+    def build(self) -> dict[str, Any]:
+        """Make the networks; returns all parts of the run that have a state_dict."""
+        self.agent = self.algorithm(self.config, self.env, self.device)
+        return {"agent": self.agent} | self.agent.optimizers
+
+    def phases(self) -> list[tuple[str, int, Callable]]:
+        """What comes before the switch: the phase's name, its number of updates, and update(dataset, step)."""
+        size = self.config.batch_size
+        return [("offline", self.config.offline_iterations, lambda data, step: self.agent.update(data.sample(size)))]
 
     @property
     def switch(self) -> int:
         """The step at which the online phase begins."""
-        return self.config.offline_iterations + self.coefficient.fit_iterations
+        return sum(length for _, length, _ in self.phases())
 
+    def end_phase(self, phase: str) -> None:
+        """After the last update of a phase before the switch."""
+
+    def keeps_offline_data(self) -> bool:
+        """Whether the online phase learns from the offline rows, too, as CORL's does."""
+        return self.config.keep_offline_data
+
+    def warmup(self) -> int:
+        """Online steps before the first update: none where the offline rows fill the buffer from the start."""
+        return 0 if self.keeps_offline_data() else self.config.warmup_steps
+
+    def start_online(self) -> None:
+        self.agent.start_online()
+        self.make_buffer()
+
+    def update_online(self, step: int) -> dict[str, torch.Tensor]:
+        """The update of online step `step`, counted from 1."""
+        if step <= self.warmup() or not self.buffer.size:
+            return {}
+        return self.agent.update(self.buffer.sample(self.config.batch_size))
+
+    def end_step(self, step: int) -> None:
+        """After an online step and its update."""
+
+    def remember(self, state, action, reward: float, next_state, terminated: bool, p: float = 0.0) -> None:
+        """Put an online transition into the buffer."""
+        self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
+
+    def end_episode(self) -> None:
+        """An online episode is over, by its own end or by the time limit."""
+        self.train_episodes.append([self.step - self.switch, self.env.score(), self.env.episode_return])
+
+    # --- Folder
     def lock_folder(self) -> None:
         """Keep other processes out of the folder; whatever becomes of this one, the kernel frees it then."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -1744,6 +1545,81 @@ class Run:
         self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self.lock.flush()
 
+    def refuse_old_run(self) -> None:
+        if not self.config.resume and (self.folder / "config.yaml").exists():
+            fail(f"{self.folder} holds a run already: --resume it, choose another --name or --seed, or remove it")
+
+    def open_log(self) -> None:
+        """Lock the folder, write config.yaml, and open metrics.csv, cut back to where the checkpoint saw it."""
+        if not self.lock:
+            self.lock_folder()
+        self.refuse_old_run()
+        path, (size, checksum) = self.folder / "metrics.csv", self.metrics_size
+        if zlib.crc32(path.read_bytes()[:size] if size and path.is_file() else b"") != checksum:
+            how = "put it back from a copy, or begin another --name (an offline_checkpoint.pt spares the offline phase)"
+            fail(f"the first {size} bytes of {path} are not as this run wrote them; to go on, {how}")
+        if self.config.wandb:
+            self.wandb = start_wandb(self.config, self.folder, self.algorithm.ALGORITHM)
+        pyrallis.dump(replace(self.config, resume=""), stream := io.StringIO())
+        write_whole(self.folder / "config.yaml", stream.getvalue().encode())
+        self.metrics_file = open(path, "a", newline="", encoding="ascii")
+        self.metrics_file.truncate(size)
+        self.metrics = csv.DictWriter(self, ("step", "phase", *self.algorithm.METRICS, *self.COLUMNS), restval="")
+        if not size:
+            self.metrics.writeheader()
+        self.saved_step = self.step
+        self.taken = on_signals(self.request, *STOPS, *SAVES)
+
+    def write(self, text: str) -> None:
+        """Append to metrics.csv."""
+        size, checksum = self.metrics_size
+        self.metrics_size = [size + len(text), zlib.crc32(text.encode(), checksum)]
+        self.metrics_file.write(text)
+
+    def close(self) -> None:
+        """Give back signals, log and folder."""
+        for number, handler in self.taken.items():
+            signal.signal(number, handler)
+        self.taken = {}
+        for file in filter(None, (self.metrics_file, self.lock)):
+            file.close()
+
+    # --- Data
+    def load_dataset(self) -> None:
+        """Load the offline data if this run still needs them: before the switch, or in the arm that keeps them."""
+        needed = self.step < self.switch or not self.switch or self.keeps_offline_data()
+        if not needed and not self.moved:
+            return
+        config, agent, path = self.config, self.agent, self.config.dataset or self.config.env
+        rows, returns = load_dataset(config.dataset, self.env, config.clip_actions)
+        self.episode_ends, rows[:, -1] = rows[:, -1] > 0, 0
+        tqdm.write(f"{path}: {len(rows):,} transitions, {len(returns):,} complete episodes")
+        checksum = zlib.crc32(rows)
+        if self.dataset_checksum not in (0, checksum):
+            fail(f"{path} is not the data set that this run began with")
+        if not needed:
+            return
+        if not self.dataset_checksum:
+            self.dataset_checksum, states = checksum, rows[:, : self.env.obs_dim]
+            self.reward_scale, self.reward_bias = reward_transform(self.env, returns, config)
+            if config.normalize:
+                mean, std = column_moments(states)
+                agent.obs_mean.copy_(torch.from_numpy(mean))
+                agent.obs_std.copy_(torch.from_numpy(std + 1e-3))
+        rewards = rows[:, self.env.obs_dim + self.env.act_dim]
+        rewards[:] = self.reward_scale * rewards + self.reward_bias
+        self.dataset = self.new_buffer(len(rows) + (config.online_iterations if self.keeps_offline_data() else 0))
+        self.dataset.load(rows)
+
+    def make_buffer(self) -> None:
+        """The online phase's: one free of offline data, or CORL's, the offline rows with room for online ones."""
+        keeps = self.keeps_offline_data()
+        self.buffer, self.dataset = self.dataset if keeps else self.new_buffer(self.config.buffer_size), None
+
+    def new_buffer(self, capacity: int) -> ReplayBuffer:
+        return ReplayBuffer(capacity, self.env.obs_dim, self.env.act_dim, self.device)
+
+    # --- Checkpoints
     def read_source(self, config: Any) -> Any:
         """Read the checkpoint that the run starts from, if any, as `state`; returns the run's configuration.
 
@@ -1780,40 +1656,23 @@ class Run:
         state["random_cuda"] = torch.cuda.get_rng_state(self.device) if "cuda" in self.device else None
         return state | {"progress": {name: getattr(self, name) for name in self.PROGRESS}}
 
-    def load_state_dict(self, state: dict[str, Any], whole: bool) -> None:
-        """Continue exactly where `state` was saved or, not `whole`, begin a new run at its switch."""
-        config, saved, progress, parts = self.config, state["config"], state["progress"], self.parts
-        wrong = [name for name in self.PROGRESS if not is_like(progress.get(name), getattr(self, name))]
-        wrong += [] if wrong or {*map(len, progress["evaluations"])} <= {4} else ["evaluations"]
-        wrong += [] if wrong or {*map(len, progress["train_episodes"])} <= {3} else ["train_episodes"]
-        if wrong or not progress["adapt_report"].keys() <= {*COLUMNS}:
-            name = wrong[0] if wrong else "adapt_report"
-            raise ValueError(f"its {name} is {progress.get(name)!r}")
-        if not whole:
-            if state["buffer"] or progress["step"] < saved.offline_iterations:
-                fail(f"{config.offline_checkpoint} is not from the switch: name a run's offline_checkpoint.pt")
-            progress = {name: progress[name] for name in self.CARRIED if name in progress}
-            progress["step"] = config.offline_iterations
-            kind, fitted = type(self.coefficient), COEFFICIENTS[saved.coefficient if saved.samg else "none"]
-            fits = fitted is kind and state["coefficient"].get("count", 0)
-            if fits and kind.fit_settings(asdict(saved)) == kind.fit_settings(asdict(config)):
-                progress["step"] += self.coefficient.fit_iterations
-            else:  # this run's coefficient was not fitted there, or otherwise, or needs no fitting
-                parts = {"agent": self.agent} | self.agent.optimizers
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state` was saved or, from an offline checkpoint, begin a new run at its switch."""
+        progress, parts = state["progress"], self.parts
+        if not self.resumes:
+            if state["buffer"] or progress["step"] < state["config"].offline_iterations:
+                fail(f"{self.source} is not from the switch: name a run's offline_checkpoint.pt")
+            parts, step = self.carried(state)
+            progress = {name: progress[name] for name in self.CARRIED if name in progress} | {"step": step}
         for name, part in parts.items():
-            if not whole and isinstance(part, torch.optim.Optimizer):  # with this run's own step sizes
+            if not self.resumes and isinstance(part, torch.optim.Optimizer):  # with this run's own step sizes
                 state[name]["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(state[name])
-            for like, kept in part.state.items() if isinstance(part, torch.optim.Optimizer) else ():
-                if any(x.shape not in ((), like.shape) or x.isnan().any() for x in kept.values()):
-                    raise ValueError(f"the moments of {name} do not fit or are not numbers")
         for name, value in progress.items():
             setattr(self, name, value)
-        online = self.step - self.switch
-        if (online > 0 and not state["buffer"]) or (online < 0 and state["buffer"]):
-            raise ValueError(f"its step is {self.step}, with{'' if state['buffer'] else 'out'} a buffer")
-        if online > config.online_iterations:
-            raise ValueError(f"online_iterations {config.online_iterations} is less than the {online} that it has done")
+        if (online := self.step - self.switch) > self.config.online_iterations:
+            given = self.config.online_iterations
+            raise ValueError(f"online_iterations {given} is less than the {online} that it has done")
         self.load_dataset()
         if state["buffer"]:
             self.make_buffer()
@@ -1822,109 +1681,22 @@ class Run:
         if state["random_cuda"] is not None and "cuda" in self.device:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
-    def load_dataset(self) -> None:
-        """Load the offline data if this run still needs them: before the switch, or in the arm that keeps them."""
-        needed = self.step < self.switch or not self.switch or self.keeps_offline_data
-        if not needed and not self.moved:
-            return
-        config, agent, path = self.config, self.agent, find_dataset(self.config.env, self.config.dataset)
-        rows, returns = load_dataset(path, self.env, config.clip_actions)
-        self.episode_ends, rows[:, -1] = rows[:, -1] > 0, 0
-        tqdm.write(f"{path}: {len(rows):,} transitions, {len(returns):,} complete episodes")
-        if self.coefficient.fit_iterations and self.coefficient.holds_out():
-            held_out(len(rows))  # ends here, not after the offline phase, where there are too few
-        checksum = zlib.crc32(rows)
-        if self.dataset_checksum not in (0, checksum):
-            fail(f"{path} is not the data set that this run began with")
-        if not needed:
-            return
-        if not self.dataset_checksum:
-            self.dataset_checksum, states = checksum, rows[:, : self.env.obs_dim]
-            self.reward_scale, self.reward_bias = reward_transform(self.env, returns, config)
-            if config.normalize:
-                mean, std = column_moments(states)
-                agent.obs_mean.copy_(torch.from_numpy(mean))
-                agent.obs_std.copy_(torch.from_numpy(std + 1e-3))
-        rewards = rows[:, self.env.obs_dim + self.env.act_dim]
-        rewards[:] = self.reward_scale * rewards + self.reward_bias
-        capacity = len(rows) + (config.online_iterations if self.keeps_offline_data else 0)
-        self.dataset = self.new_buffer(capacity)
-        self.dataset.load(rows)
+    def carried(self, state: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """What a run from an offline checkpoint takes of `parts`, and the step at which it begins."""
+        return self.parts, self.switch
 
-    def make_buffer(self) -> None:
-        """The online phase's: SAMG's, free of offline data, or CORL's, the offline rows with room for online ones."""
-        kept = self.keeps_offline_data
-        self.buffer, self.dataset = self.dataset if kept else self.new_buffer(self.config.buffer_size), None
-
-    def new_buffer(self, capacity: int) -> ReplayBuffer:
-        return ReplayBuffer(capacity, self.env.obs_dim, self.env.act_dim, self.device)
-
-    def remember(self, state, action, reward: float, next_state, terminated: bool) -> None:
-        """Put an online transition into the buffer, with its p."""
-        triple = (torch.from_numpy(x[None]).to(self.device) for x in (state, action, next_state))
-        p = self.coefficient(*triple).item()
-        self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
-
-    def end_episode(self) -> None:
-        """An online episode is over, by its own end or by the time limit."""
-        self.train_episodes.append([self.step - self.switch, self.env.score(), self.env.episode_return])
-
-    def update_coefficient(self) -> None:
-        """Algorithm 1, lines 15-19: learn mastered out-of-distribution rows, recompute p, refresh the frozen critic."""
-        config, agent, coefficient = self.config, self.agent, self.coefficient
-        if coefficient.adaptive:
-            recent, stored = self.buffer.latest(config.coefficient_frequency), self.buffer.stored()
-            candidates, known = recent.select(recent.p == 0), stored.select(stored.p > 0)
-            if min(len(candidates.p), len(known.p)) < config.batch_size:
-                counts = f"{len(candidates.p)} new rows with p = 0, {len(known.p)} with p > 0"
-                tqdm.write(f"coefficient not updated: {counts}")
-            else:
-                mastered = select_mastered(agent.bellman_errors(candidates), config.mastered_share)
-                self.adapt_report = coefficient.adapt(candidates.select(mastered), known, stored)
-                stored.p.copy_(coefficient(*stored.triple()))
-                if not self.adapt_report["adapt_accepted"]:
-                    tqdm.write("coefficient update undone: it lowered p on known rows")
-        agent.start_period(config.refresh_offline_critic)
-
-    def open_log(self) -> None:
-        """Lock the folder, write config.yaml, and open metrics.csv, cut back to where the checkpoint saw it."""
-        if not self.lock:
-            self.lock_folder()
-        self.refuse_old_run()
-        path, (size, checksum) = self.folder / "metrics.csv", self.metrics_size
-        if zlib.crc32(path.read_bytes()[:size] if size and path.is_file() else b"") != checksum:
-            how = "put it back from a copy, or begin another --name (an offline_checkpoint.pt spares the offline phase)"
-            fail(f"the first {size} bytes of {path} are not as this run wrote them; to go on, {how}")
-        if self.config.wandb:
-            self.wandb = start_wandb(self.config, self.folder, self.algorithm.ALGORITHM)
-        pyrallis.dump(replace(self.config, resume=""), stream := io.StringIO())
-        write_whole(self.folder / "config.yaml", stream.getvalue().encode())
-        self.metrics_file = open(path, "a", newline="", encoding="ascii")
-        self.metrics_file.truncate(size)
-        columns = ("step", "phase", *self.algorithm.METRICS, *COLUMNS)
-        self.metrics = csv.DictWriter(self, columns, restval="")
-        if not size:
-            self.metrics.writeheader()
+    def save(self, name: str = "checkpoint.pt") -> None:
+        for part in self.parts.values():
+            for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
+                if not torch.isfinite(value).all():
+                    fail(f"{key} is not finite at step {self.step}: {DIVERGED}")
         self.saved_step = self.step
-        self.taken = on_signals(self.request, *STOPS, *SAVES)
-
-    def write(self, text: str) -> None:
-        """Append to metrics.csv."""
-        size, checksum = self.metrics_size
-        self.metrics_size = [size + len(text), zlib.crc32(text.encode(), checksum)]
-        self.metrics_file.write(text)
-
-    def refuse_old_run(self) -> None:
-        if not self.config.resume and (self.folder / "config.yaml").exists():
-            fail(f"{self.folder} holds a run already: --resume it, choose another --name or --seed, or remove it")
-
-    def close(self) -> None:
-        """Give back signals, log and folder."""
-        for number, handler in self.taken.items():
-            signal.signal(number, handler)
-        self.taken = {}
-        for file in filter(None, (self.metrics_file, self.lock)):
-            file.close()
+        self.metrics_file.flush()
+        os.fsync(self.metrics_file.fileno())
+        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())
+        state = self.state_dict()
+        torch.save(state | {"check_sum": check_sum(state)}, stream := io.BytesIO())
+        write_whole(self.folder / name, stream.getbuffer())
 
     def request(self, number: int, frame: Any) -> None:
         """A signal asks for a checkpoint, or for the end: soon, and if it comes again a second later, at once."""
@@ -1940,17 +1712,6 @@ class Run:
 
     def resume_command(self) -> str:
         return shlex.join(["python", __file__, "--resume", str(self.folder)])
-
-    def save(self, name: str = "checkpoint.pt") -> None:
-        for key, value in (self.agent.state_dict() | self.coefficient.state_dict()).items():
-            if not torch.isfinite(value).all():
-                fail(f"{key} is not finite at step {self.step}: {DIVERGED}")
-        self.saved_step = self.step
-        self.metrics_file.flush()
-        os.fsync(self.metrics_file.fileno())
-        self.peak_memory_mb = max(self.peak_memory_mb, peak_memory_mb())
-        torch.save(self.state_dict(), stream := io.BytesIO())
-        write_whole(self.folder / name, stream.getbuffer())
 
     def save_if_due(self, within_episode: bool = False) -> None:
         """Called wherever a run can be continued from: between updates, online between episodes.
@@ -1970,6 +1731,7 @@ class Run:
             tqdm.write(f"saved; {where}to go on: {self.resume_command()}", file=sys.stderr)
             raise SystemExit(128 + stop)
 
+    # --- Log
     def bar(self, phase: str, total: int, done: int) -> tqdm:
         self.clock, self.clock_step = time.perf_counter(), self.step
         score = {"score": f"{self.evaluations[-1][2]:.1f}"} if self.evaluations else None
@@ -1981,21 +1743,15 @@ class Run:
         bar.update()
         due = step % self.config.eval_frequency == 0 or step == bar.total
         due |= phase == "online" and step == 10_000 < self.config.eval_frequency  # for switch_drop
-        evaluates = phase != "coefficient" and due
+        evaluates = due and phase in ("offline", "online")
         if not evaluates and step % self.config.log_frequency and step != bar.total:
             return
         row = {name: value.item() for name, value in metrics.items()}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             fail(f"{bad[0]} is {row[bad[0]]} in {phase} step {step}: {DIVERGED}")
-        self.collapsed = self.collapsed + 1 if row.get("vae_kl", 1.0) < 1e-3 else 0
-        if self.collapsed == 3:
-            tqdm.write("warning: the C-VAE's KL stays below 1e-3: its posterior has collapsed, and p tells nothing")
         rate = (self.step - self.clock_step) / (time.perf_counter() - self.clock)
-        row |= {"step": step, "phase": phase, "steps_per_second": round(rate, 1), **self.adapt_report}
+        row |= {"step": step, "phase": phase, "steps_per_second": round(rate, 1)} | self.describe(phase, row)
         if phase == "online":
-            p = self.buffer.stored().p
-            row |= dict(zip(("p_q10", "p_q50", "p_q90"), quantiles(p, (0.1, 0.5, 0.9)))) | {"p_mean": p.mean().item()}
-            row |= {"p_share": (p > 0).float().mean().item(), "guidance_weight": self.agent.guidance_weight.item()}
             row["train_return"] = self.train_episodes[-1][2] if self.train_episodes else ""
         if evaluates:
             start = time.perf_counter()
@@ -2008,22 +1764,30 @@ class Run:
         self.metrics_file.flush()
         if self.wandb:
             self.wandb.log({f"{phase}/{name}": row[name] for name in row if name != "phase"}, step=self.step)
-        self.clock, self.clock_step, self.adapt_report = time.perf_counter(), self.step, {}
+        self.clock, self.clock_step = time.perf_counter(), self.step
 
-    def finish(self) -> None:
-        """Write the last checkpoint and summary.json (fields in the README), and print the closing table."""
-        self.save()
+    def describe(self, phase: str, row: dict[str, Any]) -> dict[str, Any]:
+        """More columns for a row of metrics.csv."""
+        return {}
+
+    def scores(self) -> dict[str, float]:
+        """Of the whole run, fields in the README; nan where there is none."""
         offline = [score for online, _, score, _ in self.evaluations if not online] or [math.nan]
         every, total = [x[1:3] for x in self.evaluations if x[0]] or [[0, math.nan]], self.step - self.switch
         early = [score for step, score in every if step <= 10_000] or [math.nan]
         steps, online = zip(*(x for x in every if x[0] % self.config.eval_frequency == 0 or x[0] == total))
         train = np.array(self.train_episodes or [[0, math.nan, math.nan]])
         recent = min(np.searchsorted(train[:, 0], [0, *steps][-6:][0]), len(train) - 1)  # since before the last five
-        unit = 100 if self.env.normalized else math.nan
+        unit = 100 if self.env.scoring else math.nan
         scores = {"offline_score": offline[-1], "final_score": np.mean(online[-5:]), "last_score": online[-1]}
         scores |= {"train_score": train[recent:, 1].mean(), "best_score": max(online)}
         scores |= {"switch_drop": offline[-1] - min(early), "regret": 1 - np.mean(online) / unit}
-        scores |= {"train_return": train[:, 2].mean(), "train_regret": 1 - train[:, 1].mean() / unit}
+        return scores | {"train_return": train[:, 2].mean(), "train_regret": 1 - train[:, 1].mean() / unit}
+
+    def finish(self) -> None:
+        """Write the last checkpoint and summary.json (fields in the README), and print the closing table."""
+        self.save()
+        scores = self.scores()
         summary = {name: float(score) if math.isfinite(score) else None for name, score in scores.items()}
         summary |= {"seconds": self.seconds, "peak_memory_mb": self.peak_memory_mb or None}
         summary |= asdict(self.config) | {"algorithm": self.algorithm.ALGORITHM, "device": self.device}
@@ -2052,6 +1816,103 @@ def start_wandb(config: Any, folder: Path, algorithm: str) -> Any:
         return wandb.init(**names, resume="allow", dir=folder, config=asdict(config))
     except Exception as error:
         fail(f"wandb: {reason(error)[:200]}; run `wandb login`, or set WANDB_MODE=offline, or leave out --wandb true")
+
+
+# --- Run with guidance
+class GuidedRun(Run):
+    """A run with SAMG: a coefficient is fitted before the switch, p stands beside each online row, and both move on."""
+
+    COLUMNS = (*Run.COLUMNS, "p_mean", "p_share", "p_q10", "p_q50", "p_q90", "guidance_weight", "vae_reconstruction")
+    COLUMNS += ("vae_kl", "vae_beta", "fit_loss", "mastered_rows", "p_mastered_before", "p_mastered_after")
+    COLUMNS += ("p_known_before", "p_known_after", "p_probe_before", "p_probe_after", "adapt_accepted")
+    PROGRESS = (*Run.PROGRESS, "adapt_report", "collapsed")
+
+    def build(self) -> dict[str, Any]:
+        parts, config = super().build(), self.config
+        kind = COEFFICIENTS[config.coefficient if config.samg else "none"]
+        self.coefficient = kind(config, self.env.obs_dim, self.env.act_dim, self.device)
+        self.adapt_report, self.collapsed = {}, 0
+        return parts | {"coefficient": self.coefficient} | self.coefficient.optimizers
+
+    def phases(self) -> list[tuple[str, int, Callable]]:
+        return [*super().phases(), ("coefficient", self.coefficient.fit_iterations, self.coefficient.fit_step)]
+
+    def end_phase(self, phase: str) -> None:
+        if phase == "coefficient":
+            self.coefficient.fit(self.dataset)
+
+    def load_dataset(self) -> None:
+        super().load_dataset()
+        if (
+            self.dataset
+            and self.step < self.switch
+            and self.coefficient.fit_iterations
+            and self.coefficient.holds_out()
+        ):
+            held_out(self.dataset.size)  # ends here, not after the offline phase, where there are too few rows
+
+    def keeps_offline_data(self) -> bool:
+        return self.config.keep_offline_data and not self.config.samg
+
+    def carried(self, state: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """The coefficient, too, if it was fitted there as this run would fit it."""
+        config, saved, kind = self.config, state["config"], type(self.coefficient)
+        fitted = COEFFICIENTS[saved.coefficient if saved.samg else "none"] is kind and state["coefficient"].get(
+            "count", 0
+        )
+        if fitted and kind.fit_settings(asdict(saved)) == kind.fit_settings(asdict(config)):
+            return self.parts, self.switch
+        return {"agent": self.agent} | self.agent.optimizers, config.offline_iterations
+
+    def start_online(self) -> None:
+        super().start_online()
+        self.agent.start_period(refresh=False)
+
+    def update_online(self, step: int) -> dict[str, torch.Tensor]:
+        config, agent = self.config, self.agent
+        if step <= self.warmup() or not self.buffer.size:
+            return {}
+        agent.guidance_weight.fill_(weight := guidance_weight(config, step))
+        agent.policy_held = step <= self.warmup() + config.policy_hold_steps
+        return agent.update(self.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
+
+    def remember(self, state, action, reward: float, next_state, terminated: bool, p: float = 0.0) -> None:
+        """Put an online transition into the buffer, with its p."""
+        triple = (torch.from_numpy(x[None]).to(self.device) for x in (state, action, next_state))
+        super().remember(state, action, reward, next_state, terminated, self.coefficient(*triple).item())
+
+    def end_step(self, step: int) -> None:
+        if self.config.samg and step % self.config.coefficient_frequency == 0:
+            self.update_coefficient()
+
+    def update_coefficient(self) -> None:
+        """Algorithm 1, lines 15-19: learn mastered out-of-distribution rows, recompute p, refresh the frozen critic."""
+        config, agent, coefficient = self.config, self.agent, self.coefficient
+        if coefficient.adaptive:
+            recent, stored = self.buffer.latest(config.coefficient_frequency), self.buffer.stored()
+            candidates, known = recent.select(recent.p == 0), stored.select(stored.p > 0)
+            if min(len(candidates.p), len(known.p)) < config.batch_size:
+                counts = f"{len(candidates.p)} new rows with p = 0, {len(known.p)} with p > 0"
+                tqdm.write(f"coefficient not updated: {counts}")
+            else:
+                mastered = select_mastered(agent.bellman_errors(candidates), config.mastered_share)
+                self.adapt_report = coefficient.adapt(candidates.select(mastered), known, stored)
+                stored.p.copy_(coefficient(*stored.triple()))
+                if not self.adapt_report["adapt_accepted"]:
+                    tqdm.write("coefficient update undone: it lowered p on known rows")
+        agent.start_period(config.refresh_offline_critic)
+
+    def describe(self, phase: str, row: dict[str, Any]) -> dict[str, Any]:
+        """The last adaptive update, and p in the buffer; warns once of a collapsed posterior (Section 3.2)."""
+        self.collapsed = self.collapsed + 1 if row.get("vae_kl", 1.0) < 1e-3 else 0
+        if self.collapsed == 3:
+            tqdm.write("warning: the C-VAE's KL stays below 1e-3: its posterior has collapsed, and p tells nothing")
+        more, self.adapt_report = self.adapt_report, {}
+        if phase == "online":
+            p = self.buffer.stored().p
+            more |= dict(zip(("p_q10", "p_q50", "p_q90"), quantiles(p, (0.1, 0.5, 0.9)))) | {"p_mean": p.mean().item()}
+            more |= {"p_share": (p > 0).float().mean().item(), "guidance_weight": self.agent.guidance_weight.item()}
+        return more
 
 
 # --- Cal-QL's returns and batches
@@ -2093,7 +1954,7 @@ class MixingBuffer(ReplayBuffer):
         return self.batch(self.rows[index])
 
 
-class CalQLRun(Run):
+class CalQLRun(GuidedRun):
     """A run whose rows carry their returns-to-go in Batch.extra; in an unfinished episode -inf, no bound yet."""
 
     PROGRESS, CARRIED = ((*names, "failing_reward") for names in (Run.PROGRESS, Run.CARRIED))
@@ -2106,13 +1967,13 @@ class CalQLRun(Run):
     def find_failing_reward(self, rewards: np.ndarray) -> float:
         """The lower of the two rewards, (n,), that a sparse task pays; where the data hold but one, the task's own."""
         values = np.unique(rewards).tolist()
-        if len(values) > 2 or (len(values) == 1 and not self.env.counts_success):
+        if len(values) > 2 or (len(values) == 1 and self.env.scoring != "success"):
             found = f"{len(values)} rewards, from {values[0]:g} to {values[-1]:g} (scaled)"
             fail(f"is_sparse_reward needs data of two rewards, of failing and of success, not {found}: set it false")
         return values[0] if values[1:] else self.failure_of_task()
 
     def failure_of_task(self) -> float:
-        return self.reward_scale * (-1.0 if self.env.binary else 0.0) + self.reward_bias
+        return self.reward_scale * (-1.0 if re.match(".*-binary-|ogbench:", self.env.name) else 0.0) + self.reward_bias
 
     def returns(self, rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
         failure = self.failure_of_task() if self.failing_reward is None else self.failing_reward
@@ -2129,13 +1990,13 @@ class CalQLRun(Run):
 
     def new_buffer(self, capacity: int) -> ReplayBuffer:
         sizes = (capacity, self.env.obs_dim, self.env.act_dim, self.device)
-        return MixingBuffer(*sizes, self.config.mixing_ratio) if self.keeps_offline_data else ReplayBuffer(*sizes)
+        return MixingBuffer(*sizes, self.config.mixing_ratio) if self.keeps_offline_data() else ReplayBuffer(*sizes)
 
-    def remember(self, state, action, reward: float, next_state, terminated: bool) -> None:
+    def remember(self, *transition: Any) -> None:
         row = self.buffer.pointer
-        super().remember(state, action, reward, next_state, terminated)
+        super().remember(*transition)
         self.buffer.rows[row, -1] = -math.inf
-        self.episode_rewards.append(self.reward_scale * reward + self.reward_bias)
+        self.episode_rewards.append(self.reward_scale * transition[2] + self.reward_bias)
 
     def end_episode(self) -> None:
         """Give the episode's rows, as far as the ring still holds them, their returns."""
@@ -2148,38 +2009,28 @@ class CalQLRun(Run):
 
 
 # --- Training loop
-def train_on_dataset(run: Run, phase: str, first: int, last: int, update: Callable) -> None:
-    """Steps first to last: one `update(dataset, step)` each, which draws its rows."""
+def train_on_dataset(run: Run, phase: str, first: int, length: int, update: Callable) -> None:
+    """A phase before the switch, steps first to first + length: one `update(dataset, step)` each, which draws rows."""
     if run.step == first:
         torch.manual_seed(derive_seed(run.config.seed, phase))
-    with run.bar(phase, last - first, run.step - first) as bar:
-        while run.step < last:
+    with run.bar(phase, length, run.step - first) as bar:
+        while run.step < first + length:
             run.save_if_due()
             start = time.perf_counter()
             metrics = update(run.dataset, run.step - first)
             run.seconds[phase] += time.perf_counter() - start
             run.step += 1
             run.report(phase, run.step - first, metrics, bar)
+    run.end_phase(phase)
 
 
 def finetune_online(run: Run) -> None:
-    """Algorithm 1: fine-tune on online samples, with p stored beside each when it enters the buffer."""
+    """Algorithm 1: fine-tune on online samples, one update a step."""
     config, agent, env = run.config, run.agent, run.env
-    warmup = 0 if run.keeps_offline_data else config.warmup_steps  # there, the buffer is full from the start
     if run.buffer is None:
         torch.manual_seed(derive_seed(config.seed, "online"))
-        agent.start_online()
-        agent.start_period(refresh=False)
-        run.make_buffer()
+        run.start_online()
     end = run.switch + config.online_iterations
-
-    def update(step: int) -> dict[str, torch.Tensor]:
-        if step <= warmup or not run.buffer.size:
-            return {}
-        agent.guidance_weight.fill_(weight := guidance_weight(config, step))
-        agent.policy_held = step <= warmup + config.policy_hold_steps
-        return agent.update(run.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
-
     with run.bar("online", config.online_iterations, run.step - run.switch) as bar:
         while run.step < end:
             run.save_if_due()
@@ -2191,7 +2042,7 @@ def finetune_online(run: Run) -> None:
                 action = agent.act(observation, deterministic=False)
                 times.append(time.perf_counter())
                 if config.overlap:  # a GPU works through it while the environment steps
-                    metrics = update(step)
+                    metrics = run.update_online(step)
                 times.append(time.perf_counter())
                 next_observation, reward, terminated, truncated = env.step(action)
                 times.append(time.perf_counter())
@@ -2199,12 +2050,11 @@ def finetune_online(run: Run) -> None:
                 times.append(time.perf_counter())
                 observation, over = next_observation, terminated or truncated
                 if not config.overlap:
-                    metrics = update(step)
+                    metrics = run.update_online(step)
                 run.step += 1
                 if over:
                     run.end_episode()
-                if config.samg and step % config.coefficient_frequency == 0:
-                    run.update_coefficient()
+                run.end_step(step)
                 times.append(time.perf_counter())
                 parts = ("act", "update", "environment", "insert", "update")
                 for part, start, stop in zip(parts, times, times[1:]):
@@ -2244,24 +2094,22 @@ def train(run: Run) -> None:
         run.refuse_old_run()  # here for a quick answer, again when the folder is locked
         if run.state:
             try:
-                run.load_state_dict(run.state, whole=run.resumes)
-            except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                run.load_state_dict(run.state)
+            except (RuntimeError, ValueError, KeyError) as error:
                 fail(f"{run.source} does not fit this run: {reason(error)}")
             run.state = None
         else:
             run.load_dataset()
         run.open_log()
-        agent, coefficient, n, compiled = run.agent, run.coefficient, config.batch_size, compiles(config, run.device)
-        if compiled:
-            agent.compile_update()
+        if compiled := compiles(config, run.device):
+            run.agent.compile_update()
         how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"
         tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s), {how}")
-        offline, switch = config.offline_iterations, run.switch
-        if run.step < offline:
-            train_on_dataset(run, "offline", 0, offline, lambda data, step: agent.update(data.sample(n), guided=False))
-        if run.step < switch:
-            train_on_dataset(run, "coefficient", offline, switch, coefficient.fit_step)
-            coefficient.fit(run.dataset)
+        first = 0
+        for phase, length, update in run.phases():
+            if run.step < first + length:
+                train_on_dataset(run, phase, first, length, update)
+            first += length
         if run.buffer is None:
             run.save("offline_checkpoint.pt")
             run.save()
