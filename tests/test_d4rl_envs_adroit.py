@@ -119,11 +119,15 @@ def test_success_needs_more_than_25_steps_at_the_goal():
     assert hold(env, 1.5)[4] == {"goal_achieved": True, "success": False}
 
 
-def test_binary_task_ends_at_the_goal():
-    env = adroit.DoorEnv(reward_type="binary")
+@pytest.mark.parametrize("ends_at_goal", [True, False])
+def test_binary_task_ends_at_the_goal_unless_told_not_to_and_tells_the_dense_reward(ends_at_goal):
+    env, dense = adroit.DoorEnv("binary", ends_at_goal), adroit.DoorEnv()
     env.reset(seed=0)
-    assert hold(env, 0.0)[1:] == (-1.0, False, False, {"goal_achieved": False, "success": False})
-    assert hold(env, 1.5)[1:] == (0.0, True, False, {"goal_achieved": True, "success": True})
+    dense.reset(seed=0)
+    for angle, goal in ((0.0, False), (1.5, True)):
+        *step, info = hold(env, angle)[1:]
+        assert step == [goal - 1.0, goal and ends_at_goal, False]
+        assert info == {"goal_achieved": goal, "success": goal, "dense_reward": hold(dense, angle)[1]}
 
 
 @pytest.mark.parametrize("reward_type", ["dense", "binary"])
@@ -144,5 +148,5 @@ def test_unknown_reward_type():
 
 
 def test_pickled_environment_is_the_same_task(hand):
-    env = pickle.loads(pickle.dumps(HANDS[hand]("binary")))
-    assert env.binary and np.array_equal(env.reset(seed=3)[0], HANDS[hand]().reset(seed=3)[0])
+    env = pickle.loads(pickle.dumps(HANDS[hand]("binary", ends_at_goal=False)))
+    assert env.binary and not env.ends_at_goal and np.array_equal(env.reset(seed=3)[0], HANDS[hand]().reset(seed=3)[0])

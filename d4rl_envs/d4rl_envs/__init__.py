@@ -1,16 +1,21 @@
 """D4RL's locomotion, AntMaze and Adroit tasks under their own names in Gymnasium, with D4RL's own physics.
 
-    import gymnasium, d4rl_envs
-    env = gymnasium.make("hopper-medium-v2")
+    import d4rl_envs
+    from d4rl_envs import sources
 
-The level in a name (medium, human, ...) is the data set's: all levels of a robot are the same simulator.
+    env = d4rl_envs.make("hopper-medium-v2")  # so does gymnasium.make
+    columns = dict(sources.read("", "hopper-medium-v2"))  # D4RL's data set, found or downloaded
+
+The level in a name (medium, human, ...) is the data set's: all levels of a robot are the same simulator. MuJoCo and
+gymnasium-robotics are imported when an environment is made that needs them.
 """
 
 from gymnasium import register
 
-from d4rl_envs.scores import REFERENCE_SCORES, normalized_score
+from d4rl_envs.environments import make
+from d4rl_envs.scores import REFERENCE_SCORES, normalized_score, scoring
 
-__all__ = ["REFERENCE_SCORES", "TASKS", "normalized_score"]
+__all__ = ["REFERENCE_SCORES", "TASKS", "make", "normalized_score", "scoring"]
 
 LEVELS = {
     "locomotion": ("random", "medium", "medium-replay", "medium-expert", "expert"),

@@ -13,19 +13,20 @@ from d4rl_envs.contacts import OldDepths
 class AsInD4RL:
     """Mixin for gymnasium-robotics' Adroit tasks.
 
-    reward_type "dense" is D4RL's reward. "binary" is Cal-QL's task: -1 a step, 0 at the goal, which ends the episode;
-    a dropped pen does not. info["goal_achieved"] tells whether the goal is reached in this step, info["success"]
-    whether the episode is solved by now: dense, by D4RL's count of more than HOLD such steps; binary, by a single one.
+    reward_type "dense" is D4RL's reward. "binary" is Cal-QL's task: -1 a step, 0 at the goal, which ends the episode
+    unless ends_at_goal is False; a dropped pen does not. Its info["dense_reward"] is D4RL's reward of the step.
+    info["goal_achieved"] tells whether the goal is reached in this step, info["success"] whether the episode is solved
+    by now: dense, by D4RL's count of more than HOLD such steps; binary, by a single one.
     """
 
     HOLD = 25
 
-    def __init__(self, reward_type: str = "dense", **kwargs) -> None:
+    def __init__(self, reward_type: str = "dense", ends_at_goal: bool = True, **kwargs) -> None:
         if reward_type not in ("dense", "binary"):
             raise ValueError(f"reward_type must be dense or binary, not {reward_type!r}")
-        self.binary, self.goal_steps = reward_type == "binary", 0
+        self.binary, self.ends_at_goal, self.goal_steps = reward_type == "binary", ends_at_goal, 0
         super().__init__(**kwargs)
-        EzPickle.__init__(self, reward_type, **kwargs)
+        EzPickle.__init__(self, reward_type, ends_at_goal, **kwargs)
 
     def _initialize_simulation(self):
         model, data = super()._initialize_simulation()
@@ -55,13 +56,14 @@ class AsInD4RL:
         self.do_simulation(self.act_mean + np.clip(action, -1.0, 1.0) * self.act_rng, self.frame_skip)
         observation = self._get_obs()
         reward, achieved, terminated = self.judge(observation)
-        if self.binary:
-            reward, terminated = achieved - 1.0, achieved
         self.goal_steps += achieved
-        success = self.goal_steps > (0 if self.binary else self.HOLD)
+        info = {"goal_achieved": achieved, "success": self.goal_steps > (0 if self.binary else self.HOLD)}
+        if self.binary:
+            info["dense_reward"] = float(reward)
+            reward, terminated = achieved - 1.0, achieved and self.ends_at_goal
         if self.render_mode == "human":
             self.render()
-        return observation, float(reward), terminated, False, {"goal_achieved": achieved, "success": success}
+        return observation, float(reward), terminated, False, info
 
     def judge(self, observation: np.ndarray) -> tuple[float, bool, bool]:
         """D4RL's reward, whether the goal is reached, whether the episode ends."""
