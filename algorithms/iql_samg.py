@@ -1349,7 +1349,7 @@ def quantiles(values: torch.Tensor, shares: tuple[float, ...]) -> list[float]:
 
 
 class Run:
-    """A run's state, folder and log. `step` counts the updates before the switch, then online steps: it tells the phase.
+    """A run's state, folder and log. `step` counts updates before the switch, then online steps: it tells the phase.
 
     What it does with the data and with each online step stands in the methods below `# --- Phases`.
     """

@@ -113,4 +113,4 @@ def hopper_file(hopper_columns, tmp_path_factory):
 @pytest.fixture(scope="session")
 def call(awac):
     """call("--resume", folder, seed=1): AWAC's command line in this process."""
-    return functools.partial(run_main, awac.AWAC, awac.Run)
+    return functools.partial(run_main, awac.AWAC, awac.GuidedRun)

@@ -71,7 +71,7 @@ def refused_in_a_process(names, words, tmp_path, **environment):
 def run(call, awac, hopper_file, tmp_path_factory):
     """Folders of a finished run, and of the same run stopped in the offline phase ("halted", step 25, saved at 15)."""
     tmp = tmp_path_factory.mktemp("run")
-    with copies_at([("offline", 25)], awac.Run, tmp):
+    with copies_at([("offline", 25)], awac.GuidedRun, tmp):
         call(dataset=hopper_file, runs_dir=tmp, **TINY)
     (tmp / "offline25").rename(tmp / "halted")
     (tmp / "Hopper-v4" / "awac-samg-seed0").rename(tmp / "finished")

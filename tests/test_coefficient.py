@@ -245,7 +245,7 @@ def test_without_a_target_beta_rises_linearly_and_stays(awac, annealing, schedul
 
 
 def test_a_posterior_that_stays_collapsed_is_reported_once(awac, capsys):
-    run = awac.Run.__new__(awac.Run)
+    run = awac.GuidedRun.__new__(awac.GuidedRun)
     run.config, run.metrics = awac.TrainConfig(log_frequency=1), SimpleNamespace(writerow=lambda row: None)
     run.metrics_file, run.wandb, run.adapt_report = io.StringIO(), None, {}
     run.collapsed = run.step = run.clock = run.clock_step = 0
@@ -557,7 +557,7 @@ def fake_run(awac, period, n_rows, **values):
 
 def test_the_update_learns_the_best_of_this_periods_unknown_rows_and_rewrites_p_of_the_whole_buffer(awac):
     run, calls = fake_run(awac, period=30, n_rows=90, mastered_share=0.2)
-    awac.Run.update_coefficient(run)
+    awac.GuidedRun.update_coefficient(run)
     assert run.adapt_report == {"adapt_accepted": 1}
     assert sorted(run.coefficient.mastered) == [60, 63]  # of 60, 63, ..., 87
     assert sorted(run.coefficient.known) == [i for i in range(30, 90) if i % 3]
@@ -570,7 +570,7 @@ def test_the_update_learns_the_best_of_this_periods_unknown_rows_and_rewrites_p_
 def test_with_less_than_a_batch_of_rows_the_coefficient_stays_and_a_line_says_so(awac, capsys, period, n_rows):
     run, calls = fake_run(awac, period, n_rows)
     p = run.buffer.stored().p.clone()
-    awac.Run.update_coefficient(run)
+    awac.GuidedRun.update_coefficient(run)
     assert run.adapt_report == {} and torch.equal(run.buffer.stored().p, p)
     assert "not updated" in "".join(capsys.readouterr()) and calls == [("period", True)]
 
@@ -579,6 +579,6 @@ def test_with_less_than_a_batch_of_rows_the_coefficient_stays_and_a_line_says_so
 def test_other_coefficients_are_not_updated_and_the_refresh_can_be_off(awac, coefficient):
     run, calls = fake_run(awac, 30, 90, coefficient=coefficient, refresh_offline_critic=False)
     p = run.buffer.stored().p.clone()
-    awac.Run.update_coefficient(run)
+    awac.GuidedRun.update_coefficient(run)
     assert run.adapt_report == {} and torch.equal(run.buffer.stored().p, p)
     assert calls == [("period", False)]

@@ -194,7 +194,7 @@ def test_a_collapse_and_a_missing_guidance_are_said_in_words(tool, measured):
 def test_a_checkpoints_coefficient_is_measured_as_it_is(tool, awac, tmp_path):
     values = {"env": "Hopper-v4", "dataset": str(MINI), "vae_hidden_dim": 8, "vae_iterations": 5, "device": "cpu"}
     values |= {"hidden_dim": 8, "offline_iterations": 10, "p_share": 0, "p_threshold": 0.2}
-    run = awac.Run(awac.TrainConfig(**values), awac.AWAC)
+    run = awac.GuidedRun(awac.TrainConfig(**values), awac.AWAC)
     run.load_dataset()
     run.coefficient.fit(run.dataset)
     run.step = run.switch

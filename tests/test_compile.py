@@ -48,7 +48,7 @@ def test_compiled_update_equals_the_eager_one(algorithm, agent):
 
 def test_compiled_run_resumes_as_if_it_had_not_stopped(awac, call, hopper_file, tmp_path):
     settings = TINY | {"offline_iterations": 60, "vae_iterations": 20, "online_iterations": 300, "compile": "true"}
-    check_resumes(call, [("online", 250)], awac.Run, tmp_path, env="Hopper-v4", dataset=hopper_file, **settings)
+    check_resumes(call, [("online", 250)], awac.GuidedRun, tmp_path, env="Hopper-v4", dataset=hopper_file, **settings)
 
 
 def test_auto_compiles_long_runs_only(awac, monkeypatch):

@@ -289,8 +289,8 @@ def test_values_that_no_run_can_use_are_refused(cql, field, value):
 def test_resumed_run_equals_the_uninterrupted_one(cql, samg, hopper_file, tmp_path):
     moments = [("offline", 20), ("offline", 50), ("online", 90), ("online", 290)]
     settings = TINY | {"dataset": hopper_file, "samg": samg, "cql_lagrange": "true"}
-    call = functools.partial(run_main, cql.CQL, cql.Run)
-    whole = check_resumes(call, moments, cql.Run, tmp_path, **settings)
+    call = functools.partial(run_main, cql.CQL, cql.GuidedRun)
+    whole = check_resumes(call, moments, cql.GuidedRun, tmp_path, **settings)
     state = checkpoint(whole)["agent"]
     assert state["cql_alpha"] == 2 and checkpoint(whole, "offline_checkpoint.pt")["agent"]["cql_alpha"] == 5
     assert state["_extra_state"] == 60 + 320 - (40 if samg == "true" else 0)

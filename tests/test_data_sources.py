@@ -144,7 +144,7 @@ def test_a_run_on_a_minari_data_set_resumes_and_is_scored_on_the_same_environmen
     call, awac, minari_sets, tmp_path, capsys
 ):
     moments = [("offline", 40), ("online", 60)]
-    whole = check_resumes(call, moments, awac.Run, tmp_path, dataset=PENDULUM, **SHORT)
+    whole = check_resumes(call, moments, awac.GuidedRun, tmp_path, dataset=PENDULUM, **SHORT)
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["env"] == PENDULUM and whole == only_folder(tmp_path / "runs")
     capsys.readouterr()

@@ -406,7 +406,7 @@ def call(iql):
 def finished(iql, call, hopper_file, tmp_path_factory):
     """A whole run's folder, and beside it copies as a kill at each of MOMENTS would have left it."""
     tmp = tmp_path_factory.mktemp("iql")
-    with copies_at(MOMENTS, iql.Run, tmp):
+    with copies_at(MOMENTS, iql.GuidedRun, tmp):
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp / "runs", **SETTINGS)
     return only_folder(tmp / "runs")
 

@@ -25,7 +25,7 @@ def test_an_update_with_the_policy_held_moves_the_critics_alone(module, name, re
 def test_a_run_holds_the_policy_for_so_many_steps_after_the_warm_up(awac, call, hopper_file, tmp_path):
     short = {"online_iterations": 300, "checkpoint_frequency": 1, "vae_iterations": 20, "offline_iterations": 20}
     settings = TINY | short | {"policy_hold_steps": 100}  # after 100 steps of warm-up
-    with copies_at({("online", step) for step in (100, 200, 300)}, awac.Run, tmp_path):
+    with copies_at({("online", step) for step in (100, 200, 300)}, awac.GuidedRun, tmp_path):
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path / "runs", **settings)
     offline = checkpoint(only_folder(tmp_path / "runs"), "offline_checkpoint.pt")["agent"]
     agents = [checkpoint(tmp_path / f"online{step}")["agent"] for step in (200, 300)]  # of the last episode's start

@@ -59,7 +59,7 @@ MOMENTS = {("offline", 130), ("coefficient", 130), ("online", 70), ("online", 43
 def snapshots(awac, call, hopper_file, tmp_path_factory):
     """The same run in this process, with copies of its folder as a kill at each of MOMENTS would have left it."""
     tmp = tmp_path_factory.mktemp("snapshots")
-    with copies_at(MOMENTS, awac.Run, tmp):
+    with copies_at(MOMENTS, awac.GuidedRun, tmp):
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp / "runs", **TINY)
     return tmp
 
@@ -196,7 +196,7 @@ def test_stopped_run_resumes(number, stopped, finished, call):
 
 def signalled(call, awac, moment, *numbers, **settings):
     """What a run ends with, or None, that gets signals at a (phase, step)."""
-    report = awac.Run.report
+    report = awac.GuidedRun.report
 
     def report_and_signal(run, phase, step, *rest):
         report(run, phase, step, *rest)
@@ -205,7 +205,7 @@ def signalled(call, awac, moment, *numbers, **settings):
                 os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(awac.Run, "report", report_and_signal)
+        patch.setattr(awac.GuidedRun, "report", report_and_signal)
         try:
             call(**settings)
         except SystemExit as stop:
@@ -231,7 +231,7 @@ def test_three_signals_at_once_are_one(call, awac, pendulum_file, capsys, tmp_pa
 
 def test_a_signal_saves_and_the_run_goes_on(call, awac, pendulum_file, tmp_path):
     settings = QUICK | {"dataset": pendulum_file, "runs_dir": tmp_path, "checkpoint_frequency": 10**6}
-    with copies_at([("offline", 13)], awac.Run, tmp_path):
+    with copies_at([("offline", 13)], awac.GuidedRun, tmp_path):
         assert signalled(call, awac, ("offline", 11), signal.SIGUSR1, **settings) is None
     assert checkpoint(tmp_path / "offline13")["progress"]["step"] == 11
     assert checkpoint(only_folder(tmp_path / "Pendulum-v1"))["progress"]["step"] == 200
@@ -246,7 +246,7 @@ def test_stop_where_no_episode_ends(limit, call, awac, pendulum_file, monkeypatc
     monkeypatch.setattr(awac, "evaluate", lambda *arguments: {"score": 0.0, "return": 0.0})
     monkeypatch.setattr(awac, "PATIENCE", 0)  # which counts only where there is a limit
     settings = QUICK | {"env": task, "dataset": pendulum_file, "runs_dir": tmp_path, "checkpoint_frequency": 30}
-    with copies_at([("online", 70)], awac.Run, tmp_path):
+    with copies_at([("online", 70)], awac.GuidedRun, tmp_path):
         assert signalled(call, awac, ("online", 73), signal.SIGTERM, **settings) == 128 + signal.SIGTERM
     folder = only_folder(tmp_path / task)
     assert checkpoint(folder)["progress"]["step"] == 40 + 73  # within a step
@@ -261,9 +261,9 @@ def test_signals_are_given_back(awac, pendulum_file, tmp_path):
     """train() as a library's: in the main thread it takes the signals for its time, in others none."""
     values = QUICK | {"dataset": str(pendulum_file), "runs_dir": str(tmp_path), "online_iterations": 0}
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-    awac.train(awac.Run(awac.TrainConfig(**values, name="main"), awac.AWAC))
+    awac.train(awac.GuidedRun(awac.TrainConfig(**values, name="main"), awac.AWAC))
     with ThreadPoolExecutor() as pool:
-        pool.submit(lambda: awac.train(awac.Run(awac.TrainConfig(**values, name="thread"), awac.AWAC))).result()
+        pool.submit(lambda: awac.train(awac.GuidedRun(awac.TrainConfig(**values, name="thread"), awac.AWAC))).result()
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     main, thread = (tmp_path / "Pendulum-v1" / f"{name}-seed0" for name in ("main", "thread"))
     assert rows(main) == rows(thread)
@@ -326,7 +326,7 @@ def test_a_late_evaluation_is_preceded_by_one(awac, monkeypatch):
     monkeypatch.setattr(awac, "evaluate", lambda *arguments: {"score": 1.0, "return": 1.0})
     bar = SimpleNamespace(update=lambda: None, set_postfix=lambda **fields: None, total=40_000)
     for frequency, steps in ((20_000, [10_000, 20_000, 40_000]), (8_000, [8_000 * i for i in range(1, 6)])):
-        run = awac.Run(awac.TrainConfig(env="Pendulum-v1", eval_frequency=frequency, samg=False), awac.AWAC)
+        run = awac.GuidedRun(awac.TrainConfig(env="Pendulum-v1", eval_frequency=frequency, samg=False), awac.AWAC)
         run.buffer, run.clock, run.clock_step = run.new_buffer(10), 0.0, 0
         run.metrics, run.metrics_file = SimpleNamespace(writerow=lambda row: None), SimpleNamespace(flush=lambda: None)
         run.buffer.add(np.zeros(3), np.zeros(1), 0.0, np.zeros(3), False, 0.0)
@@ -351,7 +351,7 @@ def test_run_stopped_before_its_first_checkpoint_starts_again(call, awac, finish
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(awac.Run, "report", stop)
+        patch.setattr(awac.GuidedRun, "report", stop)
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path, **TINY)
     call("--resume", only_folder(tmp_path))
     assert_same_run(only_folder(tmp_path), finished.folder)
@@ -359,7 +359,7 @@ def test_run_stopped_before_its_first_checkpoint_starts_again(call, awac, finish
 
 def test_a_threshold_that_the_fit_has_set_survives_a_resume(call, awac, hopper_file, tmp_path):
     settings = TINY | {"env": "Hopper-v4", "dataset": hopper_file, "p_share": 0.3}
-    folder = check_resumes(call, [("coefficient", 130), ("online", 270)], awac.Run, tmp_path, **settings)
+    folder = check_resumes(call, [("coefficient", 130), ("online", 270)], awac.GuidedRun, tmp_path, **settings)
     threshold = checkpoint(folder)["coefficient"]["share_threshold"].item()
     assert 0 < threshold < 1 and threshold not in (0.3, 0.6)
     p = checkpoint(folder)["buffer"]["rows"][:, -2]
@@ -440,7 +440,7 @@ def test_run_from_a_checkpoint_stopped_at_once_resumes(without_coefficient, call
 
     settings = SHORT | {"dataset": hopper_file, "online_iterations": 20, "offline_iterations": 60}
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(awac.Run, "report", stop)  # in the C-VAE's first step, before any checkpoint
+        patch.setattr(awac.GuidedRun, "report", stop)  # in the C-VAE's first step, before any checkpoint
         start_online(call, without_coefficient, tmp_path, **settings)
     call("--resume", only_folder(tmp_path))
     phases = {row["phase"] for row in rows(only_folder(tmp_path))}
@@ -463,7 +463,7 @@ def test_with_overlap_an_update_draws_before_its_step_enters(overlap, awac, call
 
 def test_a_run_with_overlap_resumes(awac, call, finished, tmp_path):
     source = finished.folder / "offline_checkpoint.pt"
-    check_resumes(call, {("online", 60)}, awac.Run, tmp_path, offline_checkpoint=source, overlap=True, **TINY | SHORT)
+    check_resumes(call, {("online", 60)}, awac.GuidedRun, tmp_path, offline_checkpoint=source, overlap=True, **TINY | SHORT)
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "rnd", "embedding"])
@@ -480,7 +480,7 @@ def test_another_coefficient_is_fitted_first_and_then_shared(kind, finished, cal
 def test_a_run_stopped_while_it_fits_another_coefficient_resumes(awac, call, hopper_file, tmp_path):
     settings = TINY | {"coefficient": "likelihood", "fit_iterations": 150, "offline_iterations": 20, **SHORT}
     moments = {("coefficient", 130)}
-    folder = check_resumes(call, moments, awac.Run, tmp_path, env="Hopper-v4", dataset=hopper_file, **settings)
+    folder = check_resumes(call, moments, awac.GuidedRun, tmp_path, env="Hopper-v4", dataset=hopper_file, **settings)
     assert folder.name == "awac-samg-likelihood-seed0"
 
 
@@ -610,7 +610,7 @@ def test_update_on_the_gpu_equals_that_on_the_cpu(awac, monkeypatch):
 
 @on_cuda
 def test_resume_on_the_gpu(awac, call, hopper_file, tmp_path):
-    with copies_at([("online", 120)], awac.Run, tmp_path):
+    with copies_at([("online", 120)], awac.GuidedRun, tmp_path):
         settings = TINY | SHORT | {"device": "auto"}
         call(env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path / "runs", **settings)
     call("--resume", tmp_path / "online120")

@@ -135,7 +135,7 @@ def test_a_run_of_a_sweep_is_the_run_that_its_configuration_gives_in_one_go(
     make_plan, request, hopper_file, tmp_path, algorithm
 ):
     module = request.getfixturevalue(algorithm)
-    classes = {"awac": ("AWAC", "Run"), "calql": ("CalQL", "CalQLRun")}[algorithm]
+    classes = {"awac": ("AWAC", "GuidedRun"), "calql": ("CalQL", "CalQLRun")}[algorithm]
     agent, run = (getattr(module, name) for name in classes)
     overrides = TINY | {"env": "Hopper-v4", "dataset": str(hopper_file), "p_share": 0.3, "online_iterations": 300}
     jobs = make_plan(algorithms=[algorithm], arms=["samg"], overrides=overrides)
