@@ -10,12 +10,13 @@ WORKDIR /samg
 
 COPY requirements-d4rl.txt .
 COPY tools/maintenance/install_d4rl.sh tools/maintenance/
-RUN tools/maintenance/install_d4rl.sh /opt/d4rl && rm -rf /var/lib/apt/lists/* /root/.cache
+COPY d4rl_envs d4rl_envs
+RUN tools/maintenance/install_d4rl.sh /opt/d4rl && rm -rf /var/lib/apt/lists/* /root/.cache d4rl_envs
 
 COPY --chown=samg . .
 USER samg
 ENV PYTHONUNBUFFERED=1
-RUN /opt/d4rl/bin/python -c "import torch, gym, mujoco_py" && /opt/d4rl/bin/python algorithms/awac_samg.py --help > /dev/null
+RUN /opt/d4rl/bin/python -c "import torch, gym, mujoco_py, d4rl_envs" && /opt/d4rl/bin/python algorithms/awac_samg.py --help > /dev/null
 ENTRYPOINT ["/opt/d4rl/bin/python"]
 CMD ["algorithms/awac_samg.py", "--help"]
 
@@ -29,13 +30,14 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ libegl1 lib
 RUN useradd --create-home --uid 1000 samg && mkdir -p /samg/runs && chown -R samg /samg
 WORKDIR /samg
 
-# The dependencies are a layer of their own, so that a change of the code does not install them again.
+# The dependencies are a layer of their own, so that only a change of d4rl_envs installs them again.
 COPY requirements.txt .
-RUN pip install --no-cache-dir -r requirements.txt
+COPY d4rl_envs d4rl_envs
+RUN pip install --no-cache-dir -r requirements.txt && rm -rf d4rl_envs
 
 COPY --chown=samg . .
 USER samg
 ENV MUJOCO_GL=egl PYTHONUNBUFFERED=1
-RUN python -c "import torch, gymnasium, mujoco, h5py, pyrallis, wandb" && python algorithms/awac_samg.py --help > /dev/null
+RUN python -c "import torch, gymnasium, mujoco, h5py, pyrallis, wandb, d4rl_envs.adroit" && python algorithms/awac_samg.py --help > /dev/null
 ENTRYPOINT ["python"]
 CMD ["algorithms/awac_samg.py", "--help"]

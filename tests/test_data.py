@@ -1,9 +1,7 @@
 """Reading data sets, finding and downloading them, reward normalisation, scores, and ends of episodes."""
 
-import http.server
 import random
 import sys
-import threading
 from types import SimpleNamespace
 
 import gymnasium
@@ -266,132 +264,6 @@ def test_reward_normalisation_without_a_time_limit_takes_the_fields(awac):
     with pytest.raises(SystemExit, match="set max_episode_steps"):
         awac.reward_transform(env, np.array([0.0, 5.0]), awac.TrainConfig(**config))
     assert awac.reward_transform(env, np.array([0.0, 5.0]), awac.TrainConfig(max_episode_steps=50, **config)) == (10, 0)
-
-
-# --- Where a data set comes from
-B = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-ADDRESSES = {
-    "hopper-medium-v2": B + "gym_mujoco_v2/hopper_medium-v2.hdf5",
-    "hopper-medium-replay-v2": B + "gym_mujoco_v2/hopper_medium_replay-v2.hdf5",
-    "hopper-medium-expert-v2": B + "gym_mujoco_v2/hopper_medium_expert-v2.hdf5",
-    "halfcheetah-medium-v2": B + "gym_mujoco_v2/halfcheetah_medium-v2.hdf5",
-    "halfcheetah-medium-replay-v2": B + "gym_mujoco_v2/halfcheetah_medium_replay-v2.hdf5",
-    "halfcheetah-medium-expert-v2": B + "gym_mujoco_v2/halfcheetah_medium_expert-v2.hdf5",
-    "walker2d-medium-v2": B + "gym_mujoco_v2/walker2d_medium-v2.hdf5",
-    "walker2d-medium-replay-v2": B + "gym_mujoco_v2/walker2d_medium_replay-v2.hdf5",
-    "walker2d-medium-expert-v2": B + "gym_mujoco_v2/walker2d_medium_expert-v2.hdf5",
-    "antmaze-umaze-v2": B + "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5",
-    "antmaze-umaze-diverse-v2": B
-    + "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-    "antmaze-medium-play-v2": B
-    + "ant_maze_v2/Ant_maze_big-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
-    "antmaze-medium-diverse-v2": B
-    + "ant_maze_v2/Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-    "antmaze-large-play-v2": B
-    + "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_False_sparse_fixed.hdf5",
-    "antmaze-large-diverse-v2": B
-    + "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-}
-
-
-@pytest.mark.parametrize("env", ADDRESSES)
-def test_addresses_of_d4rls_files(awac, env):
-    assert awac.dataset_address(env) == ADDRESSES[env]
-
-
-@pytest.mark.parametrize("env", ["Hopper-v4", "pen-binary-v0", "antmaze-huge-play-v2", "hopper-medium-v0", ""])
-def test_without_a_d4rl_file_the_program_ends_and_says_what_else_there_is(awac, env):
-    assert awac.dataset_address(env) == ""
-    with pytest.raises(SystemExit, match="--dataset"):
-        awac.find_dataset(env, "")
-
-
-@pytest.fixture
-def server(awac, monkeypatch):
-    """A local download host: `answer.body` of `answer.size` announced bytes (404 without a body); counts requests."""
-    answer = SimpleNamespace(body=None, size=0, paths=[])
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            answer.paths.append(self.path)
-            self.send_response(200 if answer.body is not None else 404)
-            self.send_header("Content-Length", str(answer.size))
-            self.end_headers()
-            self.wfile.write(answer.body or b"")
-
-        def log_message(self, *args):
-            pass
-
-    host = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    monkeypatch.setattr(awac, "DATASET_HOST", f"http://127.0.0.1:{host.server_port}")
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    yield answer
-    host.shutdown()
-    thread.join()
-    host.server_close()
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    """The folder that D4RL_DATASET_DIR names, not there yet, and ~/.d4rl/datasets."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "shared" / "datasets"))
-    return tmp_path / "shared" / "datasets", tmp_path / "home" / ".d4rl" / "datasets"
-
-
-NAME = "hopper_medium-v2.hdf5"
-
-
-def test_a_data_set_is_looked_for_in_d4rls_folders_before_it_is_downloaded(awac, server, folders, tmp_path):
-    given_path = tmp_path / "mine.hdf5"
-    for path in (given_path, folders[1] / NAME):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
-    assert awac.find_dataset("hopper-medium-v2", str(given_path)) == given_path
-    assert awac.find_dataset("hopper-medium-v2", "") == folders[1] / NAME
-    folders[0].mkdir(parents=True)
-    (folders[0] / NAME).write_bytes(b"")
-    assert awac.find_dataset("hopper-medium-v2", "") == folders[0] / NAME
-    assert server.paths == []
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_a_download_lands_in_the_first_folder_and_is_used_from_then_on(
-    awac, server, folders, tmp_path, monkeypatch, named
-):
-    if not named:
-        monkeypatch.delenv("D4RL_DATASET_DIR")
-    source = write(tmp_path / "source.hdf5", ends_of("..D..T"), True)
-    server.body, server.size = source.read_bytes(), source.stat().st_size
-    target = folders[0 if named else 1]
-    for _ in range(2):
-        assert awac.find_dataset("hopper-medium-v2", "") == target / NAME
-    assert (target / NAME).read_bytes() == server.body
-    assert [path.name for path in target.iterdir()] == [NAME]
-    assert server.paths == [f"/gym_mujoco_v2/{NAME}"]
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999, None], ids=str)
-def test_a_failed_or_cut_off_download_leaves_nothing_and_names_address_folder_and_alternatives(
-    awac, server, folders, tmp_path, share
-):
-    source = write(tmp_path / "source.hdf5", ends_of("." * 500 + "D"), True).read_bytes()
-    if share is not None:
-        server.body, server.size = source[: int(share * len(source))], len(source)
-    with pytest.raises(SystemExit) as stop:
-        awac.find_dataset("hopper-medium-v2", "")
-    assert list(folders[0].iterdir()) == []
-    for text in (awac.DATASET_HOST + f"/gym_mujoco_v2/{NAME}", str(folders[0]), "--dataset", "tools/data/collect.py"):
-        assert text in str(stop.value)
-
-
-def test_a_given_path_without_a_file_is_not_replaced_by_a_download(awac, server, folders, tmp_path):
-    with pytest.raises(SystemExit, match="no data set at"):
-        awac.find_dataset("hopper-medium-v2", str(tmp_path / "missing.hdf5"))
-    assert server.paths == []
 
 
 # --- Environment

@@ -13,9 +13,10 @@ gymnasium-robotics are imported when an environment is made that needs them.
 from gymnasium import register
 
 from d4rl_envs.environments import make
+from d4rl_envs.episodes import find_timeouts
 from d4rl_envs.scores import REFERENCE_SCORES, normalized_score, scoring
 
-__all__ = ["REFERENCE_SCORES", "TASKS", "make", "normalized_score", "scoring"]
+__all__ = ["REFERENCE_SCORES", "TASKS", "find_timeouts", "make", "normalized_score", "scoring"]
 
 LEVELS = {
     "locomotion": ("random", "medium", "medium-replay", "medium-expert", "expert"),

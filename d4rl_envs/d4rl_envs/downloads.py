@@ -13,7 +13,7 @@ from tqdm import tqdm
 from d4rl_envs.spaces import say
 
 ANSWER_SECONDS, STALL_SECONDS = 4.5, 10.0  # until an address sends its first byte; between bytes after that
-ALTERNATIVES = "give another data set by path with --dataset, or make one with tools/collect.py"
+ALTERNATIVES = "give another data set by path with --dataset, or make one with tools/data/collect.py"
 
 
 class SourceError(ValueError):

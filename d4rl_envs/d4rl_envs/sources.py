@@ -159,8 +159,9 @@ def read_hdf5(path: Path) -> Columns:
 def read_robomimic(path: Path, data: Any) -> Columns:
     """Demonstrations one after another; observations of one row, keys in alphabetical order, images left out.
 
-    A `done` is a terminal, and each demonstration's last row a timeout, too. Where rewards are 0 and 1, a last `done`
-    without reward is only the end of the recording: robomimic can mark each demonstration's.
+    A `done` is a terminal, and each demonstration's last row a timeout, too. Where all of them end in `done`, it only
+    marks the recordings' ends (robomimic's done_mode 1 and 2): a terminal is then, of these rows, one with a reward
+    where rewards are 0 and 1, else that of a demonstration shorter than the longest, which a time limit may have ended.
     """
     demos = [data[key] for key in sorted(data, key=lambda key: int(re.sub(r"\D", "", key) or -1))]
     keys = [key for key in sorted(demos[0].get("obs", ())) if demos[0]["obs"][key].ndim <= 2] if demos else []
@@ -185,12 +186,15 @@ def read_robomimic(path: Path, data: Any) -> Columns:
         return np.concatenate([np.concatenate(parts, axis=1) for parts in rows])
 
     rewards, dones = column("rewards"), column("dones").astype(bool)
-    last = np.zeros(len(rewards), bool)
-    last[np.cumsum([len(demo["rewards"]) for demo in demos]) - 1] = True
-    sparse = np.isin(rewards, (0, 1)).all() and rewards.any()
+    lengths = np.array([len(demo["rewards"]) for demo in demos])
+    ends = np.cumsum(lengths) - 1
+    if dones[ends].all():
+        sparse = np.isin(rewards, (0, 1)).all() and rewards.any()
+        dones[ends] = rewards[ends] > 0 if sparse else lengths < lengths.max()
+        say(f"{path}: every demonstration ends in done, taken for a true end in {dones[ends].sum()} of {len(ends)}")
     yield "rewards", rewards
-    yield "terminals", dones & ~(last & (rewards == 0)) if sparse else dones
-    yield "timeouts", last
+    yield "terminals", dones
+    yield "timeouts", np.isin(np.arange(len(rewards)), ends)
     yield "observations", observations("obs")
     yield "actions", column("actions")
     if all("next_obs" in demo for demo in demos):

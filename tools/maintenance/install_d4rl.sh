@@ -29,6 +29,7 @@ fi
 "$venv/bin/pip" install -r "$here/requirements-d4rl.txt"
 "$venv/bin/pip" install --no-deps d4rl==1.1
 "$venv/bin/pip" install --no-deps --ignore-requires-python free-mujoco-py==2.1.6
+"$venv/bin/pip" install --no-deps "$here/d4rl_envs"  # its own simulators, and their packages, are not needed here
 
 # --- What no package brings
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -44,9 +45,10 @@ PATH="$(cd "$venv" && pwd)/bin:$PATH" "$venv/bin/python" -c "import mujoco_py" |
     fail "mujoco-py does not compile; its messages are above"
 chmod a+rw "$site/mujoco_py/generated/mujocopy-buildlock"  # every import opens it, as whatever user
 D4RL_SUPPRESS_IMPORT_ERROR=1 "$venv/bin/python" -c '
-import d4rl, d4rl.gym_mujoco, gym
-for name in ("hopper-medium-v2", "antmaze-umaze-v2", "door-human-v1"):
-    env = gym.make(name)
-    env.reset()
+import d4rl_envs
+for name in ("hopper-medium-v2", "antmaze-umaze-v2", "door-binary-v0"):
+    env = d4rl_envs.make(name)
+    assert isinstance(env, d4rl_envs.environments.OldStack)
+    env.reset(seed=0)
     env.step(env.action_space.sample())'
 echo "D4RL's stack is ready: $venv/bin/python"
