@@ -1061,6 +1061,8 @@ class EmbeddingCoefficient(CalibratedCoefficient):
 class ConstantCoefficient(nn.Module):
     """The ablations that look at no sample: `even` p = 1/2, `random` p ~ U(0, 1), `none` p = 0."""
 
+    fit_step = None  # there is nothing to fit
+
     def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
         super().__init__()
         self.kind, self.fit_iterations, self.adaptive, self.optimizers = config.coefficient, 0, False, {}

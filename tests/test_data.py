@@ -1,7 +1,6 @@
 """Reading data sets, finding and downloading them, reward normalisation, scores, and ends of episodes."""
 
 import random
-import sys
 from types import SimpleNamespace
 
 import gymnasium
@@ -10,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from d4rl_envs.episodes import guess_timeouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import d4rl_envs
 
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
@@ -198,9 +200,9 @@ def test_without_timeouts_episodes_end_where_the_states_break_off_or_at_the_time
 def test_the_time_limit_counts_from_each_episodes_start(awac):
     terminals, breaks = np.zeros(12, bool), np.zeros(12, bool)
     terminals[1] = breaks[6] = True
-    assert np.flatnonzero(awac.guess_timeouts(terminals, breaks, 4)).tolist() == [5, 6, 10]
+    assert np.flatnonzero(guess_timeouts(terminals, breaks, 4)).tolist() == [5, 6, 10]
     terminals[5] = True
-    assert np.flatnonzero(awac.guess_timeouts(terminals, breaks, 4)).tolist() == [6, 10]
+    assert np.flatnonzero(guess_timeouts(terminals, breaks, 4)).tolist() == [6, 10]
 
 
 def test_columns_of_one_number_are_squeezed(awac, tmp_path):
@@ -231,8 +233,7 @@ def test_what_numbers_of_rows_float32_cannot_hold(awac):
 
 # --- reward_transform
 def reward_env(name, limit=1000):
-    spec = SimpleNamespace(max_episode_steps=limit)
-    return SimpleNamespace(name=name, family=name.split("-")[0].lower(), env=SimpleNamespace(spec=spec))
+    return SimpleNamespace(name=name, time_limit=limit)
 
 
 def transform(awac, name, returns, **values):
@@ -252,49 +253,41 @@ def test_reward_normalisation_by_hand(awac):
 
 
 @pytest.mark.parametrize(
-    ("name", "returns"), [("hopper-medium-v2", [5.0]), ("hopper-medium-v2", [5.0, 5.0]), ("Pendulum-v1", [1.0, 2.0])]
+    ("name", "returns"), [("hopper-medium-v2", [5.0]), ("hopper-medium-v2", [5.0, 5.0]), ("Pendulum-v1", [])]
 )
 def test_reward_normalisation_without_a_range_ends_the_program(awac, name, returns):
     with pytest.raises(SystemExit, match="normalize_reward"):
         transform(awac, name, returns, normalize_reward=True)
 
 
-def test_reward_normalisation_without_a_time_limit_takes_the_fields(awac):
-    env, config = reward_env("hopper-medium-v2", limit=None), {"normalize_reward": True}
-    with pytest.raises(SystemExit, match="set max_episode_steps"):
-        awac.reward_transform(env, np.array([0.0, 5.0]), awac.TrainConfig(**config))
-    assert awac.reward_transform(env, np.array([0.0, 5.0]), awac.TrainConfig(max_episode_steps=50, **config)) == (10, 0)
+def test_reward_normalisation_needs_a_time_limit(awac):
+    config = awac.TrainConfig(normalize_reward=True)
+    with pytest.raises(SystemExit, match="max_episode_steps sets one"):
+        awac.reward_transform(reward_env("hopper-medium-v2", limit=0), np.array([0.0, 5.0]), config)
+    assert awac.reward_transform(reward_env("mine-v0", limit=50), np.array([0.0, 5.0]), config) == (10, 0)
 
 
 # --- Environment
-class FakeSimulator:
-    """Plays given (reward, terminated, at the time limit, info) steps, in gym's old interface or in Gymnasium's."""
+class FakeSimulator(gymnasium.Env):
+    """Plays given (reward, terminated, truncated, info) steps."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBS,))
     action_space = gymnasium.spaces.Box(-1, 1, (ACT,))
 
-    def __init__(self, steps, old_api):
-        self.steps, self.old_api, self.unwrapped = iter(steps), old_api, self
-
-    def seed(self, seed):
-        pass
+    def __init__(self, steps):
+        self.steps = iter(steps)
 
     def reset(self, seed=None):
-        return np.zeros(OBS) if self.old_api else (np.zeros(OBS), {})
+        return np.zeros(OBS), {}
 
     def step(self, action):
-        reward, terminated, limit, info = next(self.steps)
-        if not self.old_api:
-            return np.zeros(OBS), reward, terminated, limit, info
-        info = info | ({"TimeLimit.truncated": not terminated} if limit else {})  # gym 0.23's TimeLimit
-        return np.zeros(OBS), reward, terminated or limit, info
+        return np.zeros(OBS), *next(self.steps)
 
 
-@pytest.fixture(params=[True, False], ids=["old interface", "gymnasium"])
-def make_env(awac, monkeypatch, request):
+@pytest.fixture
+def make_env(awac, monkeypatch):
     def make(name, *steps):
-        simulator = FakeSimulator(steps, old_api=request.param)
-        monkeypatch.setattr(awac, "make_simulator", lambda *_: (simulator, simulator.old_api))
+        monkeypatch.setattr(awac, "make_simulator", lambda *_: (FakeSimulator(steps), d4rl_envs.scoring(name)))
         env = awac.Environment(name)
         env.reset(0)
         return env
@@ -304,18 +297,6 @@ def make_env(awac, monkeypatch, request):
 
 def play(env, n):
     return [env.step(np.zeros(ACT))[1:] for _ in range(n)]
-
-
-@pytest.mark.parametrize(
-    ("terminated", "limit", "stored_as_terminal", "over"),
-    [(False, False, False, False), (True, False, True, True), (False, True, False, True), (True, True, True, True)],
-)
-def test_an_end_on_the_time_limits_step_is_a_terminal_only_if_the_task_ended(
-    make_env, terminated, limit, stored_as_terminal, over
-):
-    env = make_env("hopper-medium-v2", (1.0, terminated, limit, {}))
-    [(reward, is_terminal, truncated)] = play(env, 1)
-    assert (reward, is_terminal, is_terminal or truncated) == (1.0, stored_as_terminal, over)
 
 
 @pytest.mark.parametrize(
@@ -349,32 +330,28 @@ def test_antmaze_scores_100_once_the_goal_was_reached(make_env):
     assert env.score() == 0.0
 
 
-@pytest.mark.parametrize("ends_at_goal", [True, False])
-def test_binary_adroit_pays_0_at_the_goal_which_alone_ends_it_and_not_in_evaluations(make_env, ends_at_goal):
-    infos = [(50.0, dropped, False, {"goal_achieved": goal}) for goal, dropped in ((False, True), (True, False))]
-    env = make_env("pen-binary-v0", *infos)
-    env.ends_at_goal = ends_at_goal
-    steps = [(*play(env, 1)[0], env.score()) for _ in range(2)]
-    assert steps == [(-1.0, False, False, 0.0), (0.0, ends_at_goal, False, 100.0)]
+def test_binary_adroit_scores_its_goal_and_sums_its_dense_reward(make_env):
+    steps = [(goal - 1.0, goal, False, {"goal_achieved": goal, "dense_reward": 7.0}) for goal in (False, True)]
+    env = make_env("pen-binary-v0", *steps)
+    assert [(*play(env, 1)[0], env.score()) for _ in range(2)] == [(-1.0, False, False, 0.0), (0.0, True, False, 100.0)]
+    assert env.episode_return == 14.0
 
 
 def test_a_task_without_reference_returns_scores_its_return(make_env):
     env = make_env("Pendulum-v1", (-3.0, False, False, {}), (-4.5, False, True, {}))
-    play(env, 2)
-    assert env.score() == -7.5 and not env.normalized
+    assert play(env, 2) == [(-3.0, False, False), (-4.5, False, True)]
+    assert env.score() == -7.5 and env.scoring is None
 
 
-@pytest.mark.parametrize(
-    ("name", "family"),
-    [
-        *[("hopper-medium-replay-v2", "hopper"), ("Walker2d-v4", "walker2d"), ("antmaze-large-play-v2", "antmaze")],
-        *[("pen-human-v1", "pen"), ("door-binary-v0", "door"), ("Pen-v0", ""), ("Hopper-custom-v0", "")],
-        *[("hopper-v0", ""), ("pen-custom-v0", ""), ("antmaze-mine-v2", ""), ("my-binary-v0", ""), ("Hopper", "")],
-    ],
-)
-def test_d4rls_scores_are_for_its_exact_names(make_env, name, family):
-    env = make_env(name)
-    assert env.family == family and env.normalized == (family != "") and env.binary == (name == "door-binary-v0")
+def test_without_the_package_gymnasiums_tasks_score_their_return_and_the_run_says_so(awac, monkeypatch, capsys):
+    monkeypatch.setattr(awac, "import_package", lambda: None)
+    env = awac.Environment("Hopper-v5")
+    assert env.scoring is None and "Hopper-v5: scores are returns" in capsys.readouterr().out
+    for name in ("minari:mujoco/hopper/medium-v0", "ogbench:cube-single-play-singletask-v0"):
+        with pytest.raises(SystemExit, match="need d4rl_envs: pip install ./d4rl_envs"):
+            awac.Environment(name)
+        with pytest.raises(SystemExit, match=f"error: {name} is no HDF5 file.*python -m d4rl_envs.sources {name} out"):
+            next(awac.read_columns(name, name))
 
 
 class Odd(gymnasium.Env):
@@ -408,7 +385,7 @@ FAULTS = {"file": FileNotFoundError(2, "No such file or directory", "x.xml"), "s
 @pytest.fixture
 def odd(awac, monkeypatch):
     def make(kind="", space=None, **options):
-        monkeypatch.setattr(awac, "make_simulator", lambda *_: (Odd(kind, space), False))
+        monkeypatch.setattr(awac, "make_simulator", lambda *_: (Odd(kind, space), None))
         return awac.Environment("Odd-v0", **options)
 
     return make
@@ -485,18 +462,6 @@ def test_max_episode_steps_cannot_exceed_the_tasks_own_limit(awac):
     assert awac.Environment("Pendulum-v1").time_limit == 200
     with pytest.raises(SystemExit, match="max_episode_steps 201 is above the time limit of Pendulum-v1, 200"):
         awac.Environment("Pendulum-v1", max_steps=201)
-
-
-def test_a_gym_or_d4rl_that_cannot_be_imported_leaves_gymnasium(awac, tmp_path, monkeypatch, capsys):
-    for name, text in (("gym", ""), ("d4rl", "raise ImportError")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text(text)
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    assert awac.Environment("Pendulum-v1").obs_dim == 3
-    assert "gym and d4rl cannot be imported" in (said := capsys.readouterr().out) and "(ImportError)" in said
-    for name in ("gym", "d4rl"):
-        sys.modules.pop(name, None)
 
 
 def test_a_seed_gives_the_same_hopper_episode_in_every_environment_object(awac):

@@ -276,7 +276,7 @@ def test_the_second_address_is_tried_where_the_first_fails(hosts, folders, d4rl_
 def test_where_both_fail_nothing_is_left_and_one_line_names_both(hosts, folders, d4rl_file, tmp_path, capsys, kind):
     hosts.answer(*[failing(kind, d4rl_file, tmp_path)] * 2)
     first, second = f"{sources.DATASET_HOST}/gym_mujoco_v2/{NAME}", f"{sources.MIRROR}/{NAME}"
-    with refused(first, second, folders[0], "--dataset", "tools/collect.py"):
+    with refused(first, second, folders[0], "--dataset", "tools/data/collect.py"):
         sources.find("", "hopper-medium-v2")
     assert list(folders[0].iterdir()) == []
     lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]

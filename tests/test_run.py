@@ -463,7 +463,9 @@ def test_with_overlap_an_update_draws_before_its_step_enters(overlap, awac, call
 
 def test_a_run_with_overlap_resumes(awac, call, finished, tmp_path):
     source = finished.folder / "offline_checkpoint.pt"
-    check_resumes(call, {("online", 60)}, awac.GuidedRun, tmp_path, offline_checkpoint=source, overlap=True, **TINY | SHORT)
+    check_resumes(
+        call, {("online", 60)}, awac.GuidedRun, tmp_path, offline_checkpoint=source, overlap=True, **TINY | SHORT
+    )
 
 
 @pytest.mark.parametrize("kind", ["likelihood", "rnd", "embedding"])

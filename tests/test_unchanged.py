@@ -7,7 +7,12 @@ from conftest import ROOT, run_main
 from runs import TINY, only_folder, rows, run_script
 
 REVISION = "049b472"  # before LayerNorm in the critics, p_share, vae_tail and a stronger adapt_hold
-RUNS = {"awac": ("AWAC", "GuidedRun"), "iql": ("IQL", "IQLRun"), "cql": ("CQL", "GuidedRun"), "calql": ("CalQL", "CalQLRun")}
+RUNS = {
+    "awac": ("AWAC", "GuidedRun"),
+    "iql": ("IQL", "IQLRun"),
+    "cql": ("CQL", "GuidedRun"),
+    "calql": ("CalQL", "CalQLRun"),
+}
 OFF = {"critic_layer_norm": "false", "p_share": 0, "vae_tail": "mean", "adapt_hold": 10}
 
 
