@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, load_module
 
+from d4rl_envs import sources
+
 TINY = {
     **{"hidden_dim": 8, "vae_hidden_dim": 8, "batch_size": 8, "offline_iterations": 5, "vae_iterations": 5},
     **{"online_iterations": 20, "warmup_steps": 5, "eval_frequency": 20, "log_frequency": 5},
@@ -82,16 +84,16 @@ def test_bad_input_is_refused_before_anything_runs(run_tool, words, named):
 def test_random_data_is_whole_episodes_that_the_algorithms_take(tool, awac, tmp_path, env):
     pytest.importorskip("d4rl_envs")
     path = tool.collect(awac, env, 150, tmp_path / f"{env}.hdf5")
-    columns, environment = dict(awac.read_hdf5(path)), awac.Environment(env)
-    rows, returns = awac.load_dataset(awac.find_dataset(env, str(tmp_path)), environment)
-    limit = {"halfcheetah": 1000, "antmaze": 700, "pen": 100}[environment.family]
+    columns, environment = dict(sources.read_hdf5(path)), awac.Environment(env)
+    rows, returns = awac.load_dataset(sources.find(tmp_path, env), environment)
+    limit = {"halfcheetah": 1000, "antmaze": 700, "pen": 100}[env.split("-")[0]]
     assert len(rows) == len(columns["rewards"]) == limit * len(returns) >= 150
     assert np.flatnonzero(columns["timeouts"]).tolist() == list(range(limit - 1, len(rows), limit))
     inside = columns["timeouts"][:-1] == 0
     assert np.array_equal(columns["next_observations"][:-1][inside], columns["observations"][1:][inside])
     assert np.ptp(columns["actions"], axis=0).min() > 0.8 * np.ptp([environment.action_low, environment.action_high])
-    if environment.counts_success:
-        assert set(columns["rewards"]) == {-1.0 if environment.binary else 0.0} and not columns["terminals"].any()
+    if environment.scoring == "success":
+        assert set(columns["rewards"]) == {-1.0 if "binary" in env else 0.0} and not columns["terminals"].any()
 
 
 # --- Cells

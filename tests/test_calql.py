@@ -140,11 +140,11 @@ def make_run(module, n_offline=0, capacity=10, **values):
     run = object.__new__(module.CalQLRun)
     settings = {"samg": not n_offline, "discount": 0.5, "reward_scale": 1.0, "reward_bias": 0.0}
     run.config, run.device = module.TrainConfig(**SIZES | settings | values), "cpu"
-    run.keeps_offline_data = bool(n_offline)
-    run.env = SimpleNamespace(obs_dim=1, act_dim=1, binary=False, score=lambda: 0.0, episode_return=0.0)
+    run.keeps_offline_data = lambda: bool(n_offline)
+    run.env = SimpleNamespace(name="Odd-v0", obs_dim=1, act_dim=1, scoring=None, score=lambda: 0.0, episode_return=0.0)
     run.reward_scale, run.reward_bias = run.config.reward_scale, run.config.reward_bias
     run.coefficient, run.episode_rewards, run.train_episodes, run.step = lambda s, a, s_next: torch.zeros(1), [], [], 0
-    run.coefficient.fit_iterations = 0
+    run.coefficient.fit_iterations, run.coefficient.fit_step = 0, None
     run.buffer = run.new_buffer(capacity)
     if n_offline:
         run.buffer.load(np.full((n_offline, 7), -9.0, np.float32))
@@ -199,7 +199,7 @@ def test_returns_in_the_ring_beside_kept_offline_rows(calql):
 
 def test_failing_reward_of_binary_tasks(calql):
     run = make_run(calql, is_sparse_reward=True, reward_scale=10.0, reward_bias=5.0)
-    run.env.binary = True
+    run.env.name, run.env.scoring = "pen-binary-v0", "success"
     play(run, [-1, -1])
     play(run, [-1, 0])
     assert run.buffer.stored().extra.tolist() == [-10, -10, -2.5, 5]

@@ -507,7 +507,7 @@ def test_a_fit_never_sees_the_held_out_rows_and_calibrates_on_them(awac, kind):
 @pytest.mark.parametrize("kind", ["vae", "likelihood", "rnd"])
 def test_adaptive_updates_raise_p_of_mastered_rows_and_keep_that_of_the_offline_probe(awac, kind):
     torch.manual_seed(0)
-    env = SimpleNamespace(name="Hopper-v4", obs_dim=11, act_dim=3, action_low=-1.0, action_high=1.0)
+    env = SimpleNamespace(name="Hopper-v4", time_limit=1000, obs_dim=11, act_dim=3, action_low=-1.0, action_high=1.0)
     rows, _ = awac.load_dataset(ROOT / "data" / "hopper-medium-mini.hdf5", env)
     dataset = awac.ReplayBuffer(len(rows), 11, 3, "cpu")
     dataset.load(rows)

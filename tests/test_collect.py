@@ -17,6 +17,8 @@ from conftest import ROOT, load_module
 from d4rl_recordings import load_recording
 from scipy.sparse.csgraph import shortest_path
 
+from d4rl_envs import sources
+
 antmaze = pytest.importorskip("d4rl_envs.antmaze", reason="needs d4rl_envs: pip install ./d4rl_envs")
 SIZES = {"hopper": (11, 3), "walker2d": (17, 6), "halfcheetah": (17, 6), "ant": (29, 8)}
 KILLED = """
@@ -191,7 +193,7 @@ def test_content_sha256_is_of_names_types_and_bytes(collect):
 
 def test_algorithms_load_the_file(collect, awac):
     columns = collect("hopper-medium", "--rows 100", "hopper-medium-v2.hdf5")[2]
-    path = awac.find_dataset("hopper-medium-v2", ".")
+    path = sources.find(".", "hopper-medium-v2")
     rows, returns = awac.load_dataset(path, awac.Environment("hopper-medium-v2"))
     assert np.array_equal(rows[:, :14], np.hstack((columns["observations"], columns["actions"])))
     assert len(rows) == len(columns["rewards"]) and len(returns) == len(episodes_of(columns))

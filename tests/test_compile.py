@@ -83,7 +83,7 @@ def test_compile_on_the_command_line(awac, word, tmp_path):
 
 
 def test_compile_is_auto_true_or_false(awac):
-    with pytest.raises(ValueError, match="compile must be auto, true or false, not 'yes'"):
+    with pytest.raises(ValueError, match="compile must be one of auto, true, false, not 'yes'"):
         awac.TrainConfig(compile="yes")
 
 

@@ -128,4 +128,4 @@ def test_values_are_corls_the_papers_or_listed_as_ours(load, algorithm, name):
 
 def test_cqls_antmaze_rewards_become_10_r_minus_5(cql, load):
     _, config = load("cql", "antmaze_umaze")
-    assert cql.reward_transform(SimpleNamespace(family="antmaze"), np.array([]), config) == (10, -5)
+    assert cql.reward_transform(SimpleNamespace(name="antmaze-umaze-v2"), np.array([]), config) == (10, -5)

@@ -1,4 +1,4 @@
-"""Where the episodes of a data set end: what its flags say, checked against its states, and guessed where they are missing."""
+"""Where the episodes of a data set end: its flags, checked against its states, and guessed where they are missing."""
 
 import numpy as np
 

@@ -38,7 +38,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import warnings
 from collections import deque
@@ -53,6 +52,7 @@ import gymnasium
 import h5py
 import mujoco
 import numpy as np
+from d4rl_envs.pickles import ArrayUnpickler
 from policies import act, face, load_policies
 from tqdm import tqdm
 
@@ -274,9 +274,6 @@ def read_demonstrations(path: Path, robot: str) -> list[tuple[np.ndarray, dict[s
             for i, (_, state) in enumerate(parts):
                 state.update({name: column[i] for name, column in states.items()})
         else:
-            sys.path.insert(0, str(ROOT / "algorithms"))
-            from awac_samg import ArrayUnpickler
-
             with path.open("rb") as file:
                 parts = [(demo["actions"], demo["init_state_dict"]) for demo in ArrayUnpickler(file).load()]
         demos = []

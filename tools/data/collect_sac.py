@@ -39,12 +39,8 @@ from collect import NOTE, fail, write
 from stable_baselines3 import SAC
 from tqdm import tqdm
 
-# D4RL's reference returns (random policy, expert policy).
-REFERENCE_RETURNS = {
-    "hopper": (-20.272305, 3234.3),
-    "halfcheetah": (-280.178953, 12135.0),
-    "walker2d": (1.629008, 4592.3),
-}
+from d4rl_envs import REFERENCE_SCORES
+
 COLUMNS = {
     "observations": np.float32,
     "actions": np.float32,
@@ -78,9 +74,9 @@ def parse_args():
     if not 0 <= args.seed < 2**31:
         fail("--seed must be from 0 to 2**31 - 1")
     if args.score is not None:
-        if task_name(args.env) not in REFERENCE_RETURNS:
+        if task_name(args.env) not in REFERENCE_SCORES:
             fail(f"no D4RL reference returns for {args.env}: use --return instead of --score")
-        low, high = REFERENCE_RETURNS[task_name(args.env)]
+        low, high = REFERENCE_SCORES[task_name(args.env)]
         args.target_return = low + args.score / 100 * (high - low)
     if args.policy is None and not math.isfinite(args.target_return):
         fail("--score or --return must be finite")
@@ -105,7 +101,7 @@ def task_name(env_id):
 
 def normalised_score(env_id, mean_return):
     """100 * (return - random) / (expert - random), or NaN for a task without D4RL reference returns."""
-    low, high = REFERENCE_RETURNS.get(task_name(env_id), (math.nan, math.nan))
+    low, high = REFERENCE_SCORES.get(task_name(env_id), (math.nan, math.nan))
     return 100 * (mean_return - low) / (high - low)
 
 

@@ -15,8 +15,10 @@ import yaml
 from plot import read_curve, read_rows
 from scipy import stats
 
+from d4rl_envs import sources
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "algorithms"))
-from awac_samg import COEFFICIENTS, dataset_address, fail  # noqa: E402  (found only now)
+from awac_samg import COEFFICIENTS, fail  # noqa: E402  (found only now)
 
 # The paper's column for an algorithm; a field that only this algorithm's configuration has; the name of its arms.
 ALGORITHMS = {
@@ -174,7 +176,7 @@ class Arm:
 
     def incomparable(self, table: int) -> str:
         """Why its figures must not be held against that table of the paper; '' if they may."""
-        config, address = self.config, dataset_address(self.env)
+        config, address = self.config, next(iter(sources.addresses(self.env)), "")
         if not config:
             return "no config.yaml"
         if not address or Path(config["dataset"]).name not in ("", Path(address).name):

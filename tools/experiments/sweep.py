@@ -41,6 +41,8 @@ from typing import Any, NoReturn
 
 import yaml
 
+from d4rl_envs import sources
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Fields that an offline phase and the fit of a coefficient do not look at: arms that differ in these alone share both.
@@ -313,9 +315,9 @@ def missing_for(jobs: list[Job], download: bool) -> dict[str, str]:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 module.Environment(config.env)
-            if download or config.dataset or not module.dataset_address(config.env):
-                module.find_dataset(config.env, config.dataset)
-        except SystemExit as stop:
+            if download or config.dataset or not sources.addresses(config.env):
+                sources.find(config.dataset, config.env)
+        except (SystemExit, sources.SourceError) as stop:
             found.setdefault(config.env, str(stop).removeprefix("error: "))
     return found
 

@@ -54,7 +54,7 @@ def main() -> None:
             for episode in tqdm(range(args.episodes), desc="episodes"):
                 observation, over = env.reset(args.seed + episode), False
                 while not over:
-                    frame = env.env.render(mode="rgb_array") if env.old_api else env.env.render()
+                    frame = env.env.render()
                     video.append_data(frame)
                     observation, _, terminated, truncated = env.step(agent.act(observation, deterministic=True))
                     over = terminated or truncated

@@ -38,6 +38,8 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
+from d4rl_envs import sources
+
 ROOT = Path(__file__).resolve().parents[2]
 ALGORITHMS = ("awac", "iql", "cql", "calql")
 TASKS = (
@@ -156,7 +158,10 @@ def find_data(cell: Cell, data: Path | None, folder: Path) -> Path | str:
     """What a cell's --dataset is: of the folder `data`, or collected below `folder`."""
     module = load_algorithm(cell.script)
     if data:
-        return module.find_dataset(cell.env, str(data))
+        try:
+            return sources.find(data, cell.env)
+        except sources.SourceError as error:
+            fail(str(error))
     path = folder / f"{cell.env}.hdf5"
     return path if path.is_file() else collect(module, cell.env, ROWS, path)
 
