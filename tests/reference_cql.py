@@ -43,12 +43,30 @@ VARIANTS = {
     "slow target": {"target_update_period": 2},
 }
 TINY = {
-    **{"hidden_dim": 16, "vae_hidden_dim": 16, "batch_size": 16, "warmup_steps": 40, "buffer_size": 300},
-    **{"offline_iterations": 60, "vae_iterations": 40, "online_iterations": 320, "adapt_iterations": 5},
-    **{"coefficient_frequency": 150, "eval_frequency": 160, "log_frequency": 10, "checkpoint_frequency": 30},
-    **{"n_test_episodes": 1, "device": "cpu", "cql_n_actions": 2, "q_n_hidden_layers": 2, "env": "Hopper-v4"},
-    **{"cql_alpha": 5.0, "cql_alpha_online": 2.0, "bc_steps": 30, "target_update_period": 3, "guidance_steps": 250},
-    **{"p_share": 0},  # p_threshold: enough rows pass for adaptive updates
+    "hidden_dim": 16,
+    "vae_hidden_dim": 16,
+    "batch_size": 16,
+    "warmup_steps": 40,
+    "buffer_size": 300,
+    "offline_iterations": 60,
+    "vae_iterations": 40,
+    "online_iterations": 320,
+    "adapt_iterations": 5,
+    "coefficient_frequency": 150,
+    "eval_frequency": 160,
+    "log_frequency": 10,
+    "checkpoint_frequency": 30,
+    "n_test_episodes": 1,
+    "device": "cpu",
+    "cql_n_actions": 2,
+    "q_n_hidden_layers": 2,
+    "env": "Hopper-v4",
+    "cql_alpha": 5.0,
+    "cql_alpha_online": 2.0,
+    "bc_steps": 30,
+    "target_update_period": 3,
+    "guidance_steps": 250,
+    "p_share": 0,  # p_threshold: enough rows pass for adaptive updates
 }
 
 

@@ -11,10 +11,22 @@ import torch
 from conftest import options
 
 TINY = {
-    **{"hidden_dim": 32, "vae_hidden_dim": 32, "batch_size": 32, "warmup_steps": 100, "buffer_size": 1000},
-    **{"offline_iterations": 200, "vae_iterations": 150, "online_iterations": 500, "adapt_iterations": 20},
-    **{"coefficient_frequency": 200, "eval_frequency": 200, "log_frequency": 20, "checkpoint_frequency": 50},
-    **{"n_test_episodes": 2, "device": "cpu", "p_share": 0},  # p_threshold: enough rows pass for adaptive updates
+    "hidden_dim": 32,
+    "vae_hidden_dim": 32,
+    "batch_size": 32,
+    "warmup_steps": 100,
+    "buffer_size": 1000,
+    "offline_iterations": 200,
+    "vae_iterations": 150,
+    "online_iterations": 500,
+    "adapt_iterations": 20,
+    "coefficient_frequency": 200,
+    "eval_frequency": 200,
+    "log_frequency": 20,
+    "checkpoint_frequency": 50,
+    "n_test_episodes": 2,
+    "device": "cpu",
+    "p_share": 0,  # p_threshold: enough rows pass for adaptive updates
 }
 
 

@@ -10,8 +10,15 @@ from conftest import ROOT, load_module
 from d4rl_envs import sources
 
 TINY = {
-    **{"hidden_dim": 8, "vae_hidden_dim": 8, "batch_size": 8, "offline_iterations": 5, "vae_iterations": 5},
-    **{"online_iterations": 20, "warmup_steps": 5, "eval_frequency": 20, "log_frequency": 5},
+    "hidden_dim": 8,
+    "vae_hidden_dim": 8,
+    "batch_size": 8,
+    "offline_iterations": 5,
+    "vae_iterations": 5,
+    "online_iterations": 20,
+    "warmup_steps": 5,
+    "eval_frequency": 20,
+    "log_frequency": 5,
 }
 FAILING = "error: cannot read {} as HDF5, it may be cut off or of another kind"
 

@@ -21,9 +21,19 @@ from d4rl_envs import sources
 
 SCRIPT = ROOT / "algorithms" / "awac_samg.py"
 TINY = {
-    **{"env": "Hopper-v4", "hidden_dim": 16, "vae_hidden_dim": 16, "batch_size": 16, "warmup_steps": 10},
-    **{"offline_iterations": 40, "vae_iterations": 20, "online_iterations": 60, "eval_frequency": 20},
-    **{"log_frequency": 20, "checkpoint_frequency": 15, "n_test_episodes": 1, "device": "cpu"},
+    "env": "Hopper-v4",
+    "hidden_dim": 16,
+    "vae_hidden_dim": 16,
+    "batch_size": 16,
+    "warmup_steps": 10,
+    "offline_iterations": 40,
+    "vae_iterations": 20,
+    "online_iterations": 60,
+    "eval_frequency": 20,
+    "log_frequency": 20,
+    "checkpoint_frequency": 15,
+    "n_test_episodes": 1,
+    "device": "cpu",
 }
 
 

@@ -24,12 +24,31 @@ CONFIGS = [(algorithm, path) for algorithm in ALGORITHMS for path in sorted((ROO
 EVERY = {"batch_size": 256, "eval_frequency": 5_000, "n_test_episodes": 10, "normalize_reward": False}
 MAZE = {"eval_frequency": 50_000, "n_test_episodes": 100, "normalize_reward": True}
 CQL = {
-    **{"alpha_multiplier": 1.0, "backup_entropy": False, "bc_steps": 0, "cql_alpha": 10.0, "cql_alpha_online": 10.0},
-    **{"cql_clip_diff_max": math.inf, "cql_clip_diff_min": -math.inf, "cql_temp": 1.0, "cql_importance_sample": True},
-    **{"cql_lagrange": False, "cql_max_target_backup": False, "cql_n_actions": 10, "cql_target_action_gap": -1.0},
-    **{"discount": 0.99, "hidden_dim": 256, "normalize": True, "orthogonal_init": True, "policy_lr": 3e-5},
-    **{"q_n_hidden_layers": 3, "qf_lr": 3e-4, "reward_bias": 0.0, "reward_scale": 1.0, "target_update_period": 1},
-    **{"soft_target_update_rate": 0.005, "use_automatic_entropy_tuning": True},
+    "alpha_multiplier": 1.0,
+    "backup_entropy": False,
+    "bc_steps": 0,
+    "cql_alpha": 10.0,
+    "cql_alpha_online": 10.0,
+    "cql_clip_diff_max": math.inf,
+    "cql_clip_diff_min": -math.inf,
+    "cql_temp": 1.0,
+    "cql_importance_sample": True,
+    "cql_lagrange": False,
+    "cql_max_target_backup": False,
+    "cql_n_actions": 10,
+    "cql_target_action_gap": -1.0,
+    "discount": 0.99,
+    "hidden_dim": 256,
+    "normalize": True,
+    "orthogonal_init": True,
+    "policy_lr": 3e-5,
+    "q_n_hidden_layers": 3,
+    "qf_lr": 3e-4,
+    "reward_bias": 0.0,
+    "reward_scale": 1.0,
+    "target_update_period": 1,
+    "soft_target_update_rate": 0.005,
+    "use_automatic_entropy_tuning": True,
 }
 CQL_FINE_TUNING = {"policy_lr": 1e-4, "cql_clip_diff_min": -200.0, "cql_max_target_backup": True, "normalize": False}
 CQL_FINE_TUNING |= {"cql_target_action_gap": 0.8}

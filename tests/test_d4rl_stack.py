@@ -21,9 +21,20 @@ pytestmark = [
 TASKS = ("hopper-medium-v2", "antmaze-umaze-v2", "door-binary-v0")
 ALGORITHMS = ("awac", "iql", "cql", "calql")
 SETTINGS = {
-    **{"hidden_dim": 32, "vae_hidden_dim": 32, "batch_size": 32, "warmup_steps": 50, "buffer_size": 1000},
-    **{"offline_iterations": 40, "vae_iterations": 40, "online_iterations": 120, "coefficient_frequency": 40},
-    **{"eval_frequency": 60, "log_frequency": 20, "checkpoint_frequency": 100, "n_test_episodes": 1, "device": "cpu"},
+    "hidden_dim": 32,
+    "vae_hidden_dim": 32,
+    "batch_size": 32,
+    "warmup_steps": 50,
+    "buffer_size": 1000,
+    "offline_iterations": 40,
+    "vae_iterations": 40,
+    "online_iterations": 120,
+    "coefficient_frequency": 40,
+    "eval_frequency": 60,
+    "log_frequency": 20,
+    "checkpoint_frequency": 100,
+    "n_test_episodes": 1,
+    "device": "cpu",
 }
 ROLL_OUT = """
 import sys

@@ -404,8 +404,11 @@ def test_rewards_and_observations_in_other_shapes_and_in_reused_memory(odd, kind
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        *[("short", r"shape \(1,\), not \(2,\)"), ("rewards", "step.. failed, ValueError"), ("huge", "beyond 1e.15")],
-        *[("file", "step.. failed, FileNotFoundError: .*x.xml"), ("silent", "step.. failed, KeyError")],
+        ("short", r"shape \(1,\), not \(2,\)"),
+        ("rewards", "step.. failed, ValueError"),
+        ("huge", "beyond 1e.15"),
+        ("file", "step.. failed, FileNotFoundError: .*x.xml"),
+        ("silent", "step.. failed, KeyError"),
     ],
 )
 def test_a_fault_of_the_simulator_is_called_so(odd, kind, words):

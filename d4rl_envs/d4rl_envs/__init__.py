@@ -25,7 +25,8 @@ LEVELS = {
 ROBOTS = {"hopper": "HopperEnv", "halfcheetah": "HalfCheetahEnv", "walker2d": "Walker2dEnv"}
 HANDS = {"pen": ("PenEnv", 100), "door": ("DoorEnv", 200), "relocate": ("RelocateEnv", 200)}
 MAZES = {
-    **{"umaze": ("umaze", 700), "umaze-diverse": ("umaze", 700)},
+    "umaze": ("umaze", 700),
+    "umaze-diverse": ("umaze", 700),
     **{f"{maze}-{kind}": (maze, 1000) for maze in ("medium", "large") for kind in ("play", "diverse")},
 }
 # D4RL's name: (class, time limit in steps, arguments of the class)

@@ -477,9 +477,12 @@ def summarise(task: str, rewards: np.ndarray, terminals: np.ndarray, timeouts: n
     returns = np.add.reduceat(rewards, np.append(0, ends[:-1] + 1), dtype=np.float64)
     scored = returns > 0 if task.startswith("antmaze") else returns
     return {
-        **{"rows": len(rewards), "episodes": len(ends), "mean_return": float(returns.mean())},
+        "rows": len(rewards),
+        "episodes": len(ends),
+        "mean_return": float(returns.mean()),
         "normalised_score": d4rl_envs.normalized_score(task, float(scored.mean())),
-        **{"terminals": int(terminals.sum()), "timeouts": int(timeouts.sum())},
+        "terminals": int(terminals.sum()),
+        "timeouts": int(timeouts.sum()),
     }
 
 

@@ -133,9 +133,15 @@ def main():
         sys.exit(f"train_policies.py: error: no such directory: {args.output.parent}")
 
     model = SAC(
-        *("MlpPolicy", DummyVecEnv([lambda: make_env(args.task)] * 8)),
-        **{"policy_kwargs": {"net_arch": [128, 128]}, "learning_rate": 7e-4, "gamma": 0.99, "seed": args.seed},
-        **{"learning_starts": 10_000, "train_freq": 8, "gradient_steps": 32},  # one update for two steps
+        "MlpPolicy",
+        DummyVecEnv([lambda: make_env(args.task)] * 8),
+        policy_kwargs={"net_arch": [128, 128]},
+        learning_rate=7e-4,
+        gamma=0.99,
+        seed=args.seed,
+        learning_starts=10_000,
+        train_freq=8,
+        gradient_steps=32,  # one update for two steps
     )
     env, history, begin = make_env(args.task), [], time.monotonic()
     with tqdm(total=args.steps, desc=args.task, unit="step") as bar:

@@ -50,8 +50,14 @@ TASKS = (
 )  # fmt: skip
 # What is not as in configs/
 SETTINGS = {
-    **{"offline_iterations": 200, "vae_iterations": 50, "online_iterations": 300, "warmup_steps": 100},
-    **{"coefficient_frequency": 150, "log_frequency": 100, "eval_frequency": 300, "n_test_episodes": 1},
+    "offline_iterations": 200,
+    "vae_iterations": 50,
+    "online_iterations": 300,
+    "warmup_steps": 100,
+    "coefficient_frequency": 150,
+    "log_frequency": 100,
+    "eval_frequency": 300,
+    "n_test_episodes": 1,
 }
 ROWS = 2000  # of random data a task
 

@@ -38,8 +38,9 @@ from d4rl.locomotion import maze_env  # noqa: E402
 maze_env.print = lambda *args: None  # it prints the goal at every reset
 NAMES = {
     **{f"{robot}": f"{robot}-medium-v2" for robot in ("hopper", "halfcheetah", "walker2d")},
-    **{"antmaze-umaze": "antmaze-umaze-v2", "antmaze-medium": "antmaze-medium-play-v2"},
-    **{"antmaze-large": "antmaze-large-play-v2"},
+    "antmaze-umaze": "antmaze-umaze-v2",
+    "antmaze-medium": "antmaze-medium-play-v2",
+    "antmaze-large": "antmaze-large-play-v2",
     **{f"{task}": f"{task}-human-v1" for task in ("pen", "door", "relocate")},
 }
 # What a task's reset draws besides the state: column: (array of the model, kind of object, its name)
