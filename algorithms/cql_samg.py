@@ -435,7 +435,8 @@ def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False)
     places = {"observations": np.s_[:, :s], "actions": np.s_[:, s : s + a], "rewards": np.s_[:, s + a]}
     places |= {"next_observations": np.s_[:, s + a + 1 : -3], "terminals": np.s_[:, -3]}
     rows = timeouts = None
-    for key, array in read_columns(path, env.name):  # one after another, so that there is never a second copy of all
+    columns, path = read_columns(path, env.name), path or env.name
+    for key, array in columns:  # one after another, so that there is never a second copy of all
         if rows is None:
             rows = np.zeros((array.size, 2 * s + a + 4), np.float32)
             if not array.size:
@@ -467,7 +468,7 @@ def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False)
         found = package.find_timeouts(rows[places["observations"]], rows[places["next_observations"]], *ends)
         timeouts, breaks, notes = found
         for note in notes:
-            tqdm.write(f"{path or env.name}: {note}")
+            tqdm.write(f"{path}: {note}")
     elif timeouts is None:
         fail(f"{path} has no timeouts; they are guessed with {PACKAGE}")
     ends = terminals | timeouts
