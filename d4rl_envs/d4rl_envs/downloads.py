@@ -28,9 +28,12 @@ def reason(error: BaseException) -> str:
 def download(urls: list[str], path: Path, check: Callable[[Path], None]) -> Path:
     """Write to `path`, whole or not at all, what the first address sends that `check` accepts (else it raises)."""
     why, aside = [], path.with_suffix(f".{os.getpid()}.part")  # other runs may download it at the same time
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SourceError(f"cannot keep {path.name} in {path.parent} ({reason(error)}); {ALTERNATIVES}") from None
     for url in urls:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             response, first = answer(url)
             size = int(response.headers.get("Content-Length") or 0) or None
             with response, open(aside, "wb") as file, tqdm.wrapattr(file, "write", total=size, desc=path.name) as out:

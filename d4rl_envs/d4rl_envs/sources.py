@@ -119,11 +119,11 @@ def check_d4rl(path: Path, name: str, env: str) -> None:
         for key in (key for key in COLUMNS if key in file):
             width = widths.get(key.removeprefix("next_"))
             needed = (n, width) if width else (n,)
-            if file[key].shape != needed or not n:
+            if file[key].shape not in (needed, (*needed, 1)) or not n:
                 raise ValueError(f"{key} has shape {file[key].shape}, not {needed}")
-        rewards = file["rewards"][()].astype(np.float64)
-        ends = file["terminals"][()].astype(bool)
-        ends |= file["timeouts"][()].astype(bool) if "timeouts" in file else False
+        rewards = file["rewards"][()].astype(np.float64).ravel()
+        ends = file["terminals"][()].astype(bool).ravel()
+        ends |= file["timeouts"][()].astype(bool).ravel() if "timeouts" in file else False
     if not np.isfinite(rewards).all() or (family == "antmaze" and not np.isin(rewards, (0, 1)).all()):
         raise ValueError("its rewards are not " + ("0 and 1" if family == "antmaze" else "finite"))
     returns = np.diff(np.append(0, rewards.cumsum()[np.flatnonzero(ends)]))
@@ -150,10 +150,11 @@ def read_hdf5(path: Path) -> Columns:
                 if not (getattr(file[key], "shape", ()) and file[key].dtype.kind in "biuf"):
                     raise SourceError(f"{path}: {key} is not an array of numbers; write it as one")
                 yield key, file[key][()]
-    except OSError as error:
-        raise SourceError(
-            f"cannot read {path} as HDF5, it may be cut off or of another kind ({reason(error)}); fetch it again"
-        ) from None
+    except SourceError:
+        raise
+    except Exception as error:
+        what = f"cannot read {path} as HDF5, it may be cut off or of another kind ({reason(error)})"
+        raise SourceError(f"{what}; fetch it again") from None
 
 
 def read_robomimic(path: Path, data: Any) -> Columns:
@@ -167,8 +168,10 @@ def read_robomimic(path: Path, data: Any) -> Columns:
     keys = [key for key in sorted(demos[0].get("obs", ())) if demos[0]["obs"][key].ndim <= 2] if demos else []
     if not demos:
         raise SourceError(f"{path} has no demonstrations in its group data; extract it again")
+    successors = "next_obs" in demos[0]
     for demo in demos:
-        needed = ["actions", "rewards", "dones", *(f"obs/{key}" for key in keys)]
+        groups = ("obs", "next_obs") if successors else ("obs",)
+        needed = ["actions", "rewards", "dones", *(f"{group}/{key}" for group in groups for key in keys)]
         if lacks := [key for key in needed if key not in demo] or ([] if keys else ["obs of numbers"]):
             hint = "write them with robomimic's dataset_states_to_obs.py"
             raise SourceError(f"{path}: {demo.name} has no {', '.join(lacks)}; {hint}")
@@ -197,7 +200,7 @@ def read_robomimic(path: Path, data: Any) -> Columns:
     yield "timeouts", np.isin(np.arange(len(rewards)), ends)
     yield "observations", observations("obs")
     yield "actions", column("actions")
-    if all("next_obs" in demo for demo in demos):
+    if successors:
         yield "next_observations", observations("next_obs")
 
 
@@ -302,7 +305,8 @@ def read_ogbench(path: Path, task: str) -> Columns:
         with np.load(path) as file:
             ends = file["terminals"].ravel().astype(bool)
             ends[-1:] = True
-            kept, last = (np.ones(len(ends), bool), ends) if "next_observations" in file else (~ends, np.roll(ends, -1))
+            successors = "next_observations" in file
+            kept, last = (np.ones(len(ends), bool), ends) if successors else (~ends, np.roll(ends, -1))
             if "rewards" in file and "masks" in file:
                 rewards, masks = file["rewards"][kept], file["masks"][kept]
             elif task.startswith("ogbench:"):
@@ -318,7 +322,6 @@ def read_ogbench(path: Path, task: str) -> Columns:
             yield "timeouts", last[kept]
             yield "observations", file["observations"][kept]
             yield "actions", file["actions"][kept]
-            successors = "next_observations" in file
             yield "next_observations", file["next_observations"] if successors else file["observations"][1:][kept[:-1]]
     except SourceError:
         raise
@@ -368,15 +371,17 @@ def write_hdf5(path: Path, columns: Columns) -> None:
     """Write columns as a file in D4RL's raw layout, whole or not at all. Numbers are float32, flags bool."""
     import h5py
 
-    aside = path.with_suffix(f".{os.getpid()}.part")
+    aside, sizes = path.with_suffix(f".{os.getpid()}.part"), []
     try:
         with h5py.File(aside, "w") as file:
             for key, array in columns:
                 kind = bool if key in ("terminals", "timeouts") else np.float32
                 file.create_dataset(key, data=array.astype(kind, copy=False), compression="gzip", shuffle=True)
+                sizes.append(f"{key} {array.shape}")
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
+        say(f"{path}: {', '.join(sizes)}")
     finally:
         aside.unlink(missing_ok=True)
 
@@ -389,8 +394,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         write_hdf5(args.output, read(args.source, args.env or args.source))
-    except (SourceError, OSError) as error:
-        raise SystemExit(f"error: {reason(error)}") from None
+    except SourceError as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"error: cannot write {args.output}: {reason(error)}") from None
 
 
 if __name__ == "__main__":
