@@ -966,3 +966,56 @@ def test_files_without_a_success(binary_folder):
         write_trajectories(binary_folder / name, [trajectory(np.random.default_rng(0), [-1, -1], False)])
     with refused(binary_folder, "pen-binary-v0"):
         read(binary_folder, "pen-binary-v0")
+
+
+# --- Training on them
+class Walk(gymnasium.Env):
+    """A walk in six dimensions, two of which the action moves; -1 a step, 0 and solved near the origin."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (6,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.normal(size=6).astype(np.float32)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        self.state[:2] += 0.1 * action
+        solved = bool(np.linalg.norm(self.state[:2]) < 0.3)
+        return self.state.copy(), solved - 1.0, solved, False, {}
+
+
+@pytest.fixture
+def walk(monkeypatch):
+    spec = gymnasium.envs.registration.EnvSpec("Walk-v0", entry_point=Walk, max_episode_steps=50)
+    monkeypatch.setitem(gymnasium.registry, "Walk-v0", spec)
+    return "Walk-v0"
+
+
+BUDGET = TINY | {"offline_iterations": 200, "vae_iterations": 50, "online_iterations": 300, "vae_kl_target": 0}
+
+
+def check_trains(call, tmp_path, **settings):
+    call(runs_dir=tmp_path / "runs", **BUDGET | settings)
+    folder = only_folder(tmp_path / "runs")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last_score"] == numbers(folder, "online", "score")[-1] and numbers(folder, "online", "critic_loss")
+    return summary
+
+
+def test_awac_trains_on_a_goal_task_of_minari(call, minari_sets, tmp_path):
+    summary = check_trains(call, tmp_path, dataset=MAZE)
+    assert summary["env"] == MAZE and 0 <= summary["last_score"] <= 100  # the share of solved episodes
+
+
+def test_awac_trains_on_a_robomimic_file(call, walk, tmp_path):
+    write_robomimic(tmp_path / "low_dim.hdf5", [30] * 20)
+    assert check_trains(call, tmp_path, env=walk, dataset=tmp_path / "low_dim.hdf5")["last_score"] < 0  # the return
+
+
+def test_awac_trains_on_an_ogbench_file(call, walk, tmp_path):
+    arrays = ogbench_arrays([30] * 20, width=6)
+    ones = np.ones(600, np.float32)
+    np.savez(tmp_path / "walk.npz", **arrays, rewards=-ones, masks=ones)
+    assert check_trains(call, tmp_path, env=walk, dataset=tmp_path / "walk.npz")["last_score"] < 0
