@@ -36,6 +36,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -373,9 +374,11 @@ def make_simulator(name: str, ends_at_goal: bool, options: dict[str, Any]) -> tu
             return package.make(name, ends_at_goal=ends_at_goal, **options), package.scoring(name)
         import gymnasium
 
-        env = gymnasium.make(name, **options)
-        tqdm.write(f"{name}: scores are returns; D4RL's come with {PACKAGE}")
-        return env, None
+        if ends_at_goal:  # the training's; once is enough
+            tqdm.write(f"{name}: scores are returns; D4RL's come with {PACKAGE}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
+            return gymnasium.make(name, **options), None
     except Exception as error:
         more = "" if package else f" (D4RL's, Minari's and OGBench's tasks need {PACKAGE})"
         fail(f"cannot make the environment {name!r}: {reason(error)}{more}")
