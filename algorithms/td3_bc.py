@@ -703,7 +703,7 @@ class TD3BC(nn.Module):
         policy_actions = self.actor(states)
         q = self.critic.heads[0](torch.cat([states, policy_actions], dim=1)).squeeze(1)
         bc_loss = (policy_actions - actions).square().mean()
-        actor_loss = policy_loss(q, bc_loss, config.alpha, self.bc_weight)
+        actor_loss = td3_bc_loss(q, bc_loss, config.alpha, self.bc_weight)
         metrics |= {"actor_loss": actor_loss.detach(), "bc_loss": bc_loss.detach()}
         descend(self.optimizers, gradients(self.optimizers, {"actor": actor_loss}))
 
@@ -729,7 +729,7 @@ def smoothed(actions: torch.Tensor, noise: float, clip: float) -> torch.Tensor:
     return (actions + drawn).clamp(-1, 1)
 
 
-def policy_loss(q: torch.Tensor, bc_loss: torch.Tensor, alpha: float, bc_weight: torch.Tensor | float) -> torch.Tensor:
+def td3_bc_loss(q: torch.Tensor, bc_loss: torch.Tensor, alpha: float, bc_weight: torch.Tensor | float) -> torch.Tensor:
     """-lambda mean Q + b BC with lambda = alpha / mean |Q|, detached; q: (n,), of the policy's actions."""
     return -alpha / q.detach().abs().mean() * q.mean() + bc_weight * bc_loss
 
