@@ -167,7 +167,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         arm = "-samg" + ("" if self.coefficient == "vae" else f"-{self.coefficient}")
         self.name = self.name or "calql" + (arm if self.samg else "" if self.keep_offline_data else "-no-offline-data")
-        check_config(self)
+        check_guidance(self)
         check_cql(self)
         if self.is_sparse_reward and self.discount == 1:
             raise ValueError("is_sparse_reward needs a discount below 1: the return of failing for ever is infinite")
@@ -181,13 +181,16 @@ def check_cql(config: Any) -> None:
         raise ValueError("cql_clip_diff_min must not be above cql_clip_diff_max")
 
 
-def check_config(config: Any) -> None:
-    """Name the environment where none is given; raise ValueError for a value that no run can use."""
+def check_config(config: Any, **words: Any) -> None:
+    """Name the environment where none is given; raise ValueError for a value that no run can use.
+
+    `words`: of each field that has a choice of words, beside `compile`, these.
+    """
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
     config.env = config.env or (config.dataset if re.match("minari:|ogbench:", config.dataset) else "hopper-medium-v2")
     config.compile = config.compile.lower()
-    words = {"coefficient": COEFFICIENTS, "vae_tail": ("mean", "joint"), "compile": ("auto", "true", "false")}
+    words["compile"] = ("auto", "true", "false")
     for name, value in asdict(config).items():
         if isinstance(value, str):
             if value not in words.get(name, (value,)):
@@ -200,12 +203,17 @@ def check_config(config: Any) -> None:
             if not low <= value <= high or value == math.inf:
                 bound = f"at most {high}" if value > high else f"finite and at least {low}"
                 raise ValueError(f"{name} must be {bound}, it is {value}")
-    if config.guidance_fade and not config.guidance_steps:
-        raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
     if not 2 <= config.batch_size <= config.buffer_size:
         raise ValueError(f"batch_size {config.batch_size} must lie between 2 and buffer_size {config.buffer_size}")
     if "/" in config.name:
         raise ValueError(f"name must not hold a slash, it is {config.name!r}")
+
+
+def check_guidance(config: Any) -> None:
+    """check_config for a file with guidance."""
+    check_config(config, coefficient=COEFFICIENTS, vae_tail=("mean", "joint"))
+    if config.guidance_fade and not config.guidance_steps:
+        raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
 
 
 def fail(message: str) -> NoReturn:
@@ -297,7 +305,7 @@ def seed_global_streams(seed: int) -> None:
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
     """The 32-bit seed of one use of randomness, so that no phase depends on what ran before it."""
-    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation")
+    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation", "vae")
     return int(np.random.SeedSequence((seed, streams.index(stream), index)).generate_state(1)[0])
 
 

@@ -46,6 +46,16 @@ def calql():
     return load_module("algorithms/calql_samg.py")
 
 
+@pytest.fixture(scope="session")
+def td3_bc():
+    return load_module("algorithms/td3_bc.py")
+
+
+@pytest.fixture(scope="session")
+def spot():
+    return load_module("algorithms/spot.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def sources():
     """pyrallis parses a whole file once for every field's help text: here, once."""

@@ -29,6 +29,12 @@ TINY = {
     "p_share": 0,  # p_threshold: enough rows pass for adaptive updates
 }
 
+# For files without guidance: not a field of a coefficient
+PLAIN = {
+    **{"hidden_dim": 32, "batch_size": 32, "offline_iterations": 200, "online_iterations": 500, "device": "cpu"},
+    **{"eval_frequency": 200, "log_frequency": 20, "checkpoint_frequency": 50, "n_test_episodes": 2},
+}
+
 
 # --- Starting
 def command(*words, **settings):

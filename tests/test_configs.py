@@ -17,7 +17,8 @@ FAMILIES = {
 }
 TASKS = [name for names in FAMILIES.values() for name in names]
 ALGORITHMS = ("awac", "iql", "cql", "calql")
-CONFIGS = [(algorithm, path) for algorithm in ALGORITHMS for path in sorted((ROOT / "configs" / algorithm).iterdir())]
+BASELINES = ("td3_bc", "spot")  # without guidance
+CONFIGS = [(name, path) for name in ALGORITHMS + BASELINES for path in sorted((ROOT / "configs" / name).iterdir())]
 
 # CORL's published values under the names here (its eval_freq and n_episodes: eval_frequency, n_test_episodes), for all
 # tasks, for a family ("adroit": those of its cloned tasks) and for a single task: the narrower one counts
@@ -103,6 +104,47 @@ OURS = {
 }
 
 
+# TD3+BC and SPOT: CORL's values, on SPOT's locomotion its authors'; online phases: docs/td3_bc.md and docs/spot.md
+TD3 = {
+    **{"offline_iterations": 1_000_000, "online_iterations": 200_000, "batch_size": 256, "hidden_dim": 256},
+    **{"critic_lr": 3e-4, "discount": 0.99, "tau": 0.005, "policy_noise": 0.2, "noise_clip": 0.5, "policy_freq": 2},
+    **{"critic_layer_norm": False, "normalize": True, "normalize_reward": False, "expl_noise": 0.1},
+    **{"eval_frequency": 5_000, "n_test_episodes": 10, "reward_scale": 1.0, "reward_bias": 0.0},
+}
+SPOT = {
+    "vae_iterations": 100_000,
+    "vae_hidden_dim": 750,
+    "vae_lr": 1e-3,
+    "beta": 0.5,
+    "lambd_cool": True,
+    "lambd_end": 0.2,
+}
+SPOT |= {"iwae": False, "reset_optimizers": True, "keep_offline_data": True}
+SPARSE = {"actor_lr": 1e-4, "actor_dropout": 0.0, "actor_init_w": 1e-3, "critic_init_w": 3e-3, "normalize": False}
+RARE_MAZE = {"normalize_reward": True, "n_test_episodes": 100, "eval_frequency": 20_000}
+LAMBDAS = {
+    **dict(zip(FAMILIES["locomotion"], (0.1, 0.1, 0.2, 0.05, 0.05, 1.0, 0.2, 0.2, 0.5))),
+    **dict(zip(FAMILIES["antmaze"], (0.25, 0.25, 0.05, 0.025, 0.025, 0.025))),
+    **dict.fromkeys(FAMILIES["adroit"], 1.0),
+}
+BASELINE = {
+    "td3_bc": {
+        "all": TD3
+        | {"actor_lr": 3e-4, "alpha": 2.5, "bc_decay": "exponential", "bc_decay_end": 0.5, "bc_decay_steps": 0}
+        | {"online_data": "all", "mixing_ratio": 0.0, "reset_optimizers": False},
+        "antmaze": RARE_MAZE,
+    },
+    "spot": {
+        "all": TD3 | SPOT,
+        "locomotion": {"actor_lr": 3e-4, "actor_dropout": 0.1, "actor_init_w": 0.0, "critic_init_w": 0.0}
+        | {"online_discount": 0.0},
+        "antmaze": SPARSE | RARE_MAZE | {"online_discount": 0.995},
+        "adroit": SPARSE | {"lambd_end": 0.5, "online_discount": 0.0},
+    }
+    | {name: {"lambd": value} for name, value in LAMBDAS.items()},
+}
+
+
 @pytest.fixture
 def load(request):
     """load(algorithm, name): the default configuration, and that of a file."""
@@ -114,10 +156,11 @@ def load(request):
     return load
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS + BASELINES)
 def test_there_is_a_file_for_each_of_the_18_tasks_and_the_quickstarts(algorithm):
+    quickstarts = ("quickstart", "quickstart_likelihood")[: 1 + (algorithm in ALGORITHMS)]
     assert {path.name for owner, path in CONFIGS if owner == algorithm} == {
-        f"{name}.yaml" for name in (*TASKS, "quickstart", "quickstart_likelihood")
+        f"{name}.yaml" for name in (*TASKS, *quickstarts)
     }
     assert len(TASKS) == 18
 
@@ -142,6 +185,18 @@ def test_values_are_corls_the_papers_or_listed_as_ours(load, algorithm, name):
         for key in ("all", family, name):
             expected |= table.get(key, {})
     expected |= DOSE
+    assert {key: getattr(config, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("algorithm", BASELINES)
+def test_values_of_the_baselines(load, algorithm, name):
+    _, config = load(algorithm, name)
+    env, level = name.split("_", 1)
+    assert config.env == f"{env}-{level.replace('_', '-')}-{'v0' if level == 'binary' else 'v2'}"
+    expected, family = {}, next(family for family, names in FAMILIES.items() if name in names)
+    for key in ("all", family, name):
+        expected |= BASELINE[algorithm].get(key, {})
     assert {key: getattr(config, key) for key in expected} == expected
 
 

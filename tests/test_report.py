@@ -50,7 +50,7 @@ def make_run(request, tmp_path):
             summary |= {"train_return": 1.0, "train_regret": 0.5, "peak_memory_mb": 100.0 + config["seed"]}
             summary["seconds"] = {"offline": 10.0, "coefficient": 1.0, "evaluation": 3}
             summary["seconds"] |= {"act": 1.0, "environment": 2.0, "insert": 1.0, "update": 18.0}
-            summary |= config | {"algorithm": f"{algorithm}_samg", "device": "cpu"}
+            summary |= config | {"algorithm": algorithm + "_samg" * ("samg" in config), "device": "cpu"}
             (folder / "summary.json").write_text(json.dumps(summary))
         return folder
 
@@ -370,6 +370,18 @@ def test_own_environments_and_tasks_without_a_d4rl_file_are_not_comparable(make_
     assert table(1)[1][env, "difference", "AWAC SAMG"].text == "not comparable"
 
 
+def test_table_1s_td3_bc_is_held_against_the_offline_score_and_spot_against_the_final_one(make_run, table):
+    for algorithm, name in (("td3_bc", "td3_bc-vanilla"), ("spot", "")):
+        make_run(90, algorithm=algorithm, name=name, env="hopper-medium-v2", offline_score=66.9, **FULL)
+    make_run(91, algorithm="td3_bc", name="td3_bc-published", env="hopper-medium-v2", **FULL | {"online_iterations": 0})
+    _, cells = table(1)
+    assert [cells["hopper-medium-v2", row, "TD3+BC offline"].text for row in ("these runs", "difference")] == [
+        "66.9",
+        "+0.5",
+    ]
+    assert cells["hopper-medium-v2", "these runs", "SPOT"].text == "90.0"
+
+
 def test_table_3_compares_at_500000_steps(make_run, table):
     make_run(50, env="antmaze-umaze-v2", seed=0, online_iterations=500_000)
     make_run(50, env="antmaze-umaze-v2", seed=0, samg=False)
@@ -489,5 +501,5 @@ def test_bad_input_ends_with_one_line(make_run, run_report, tmp_path):
         run_report()
     (folder / "summary.json").unlink()
     (folder / "config.yaml").write_text("a: 1\n")
-    with pytest.raises(SystemExit, match="config.yaml has no coefficient, dataset"):
+    with pytest.raises(SystemExit, match="config.yaml has no dataset, env"):
         run_report()

@@ -110,6 +110,41 @@ def test_a_seed_is_planned_for_all_arms_before_the_next_one(make_plan):
     assert seeds == sorted(seeds, reverse=True)
 
 
+def test_an_algorithm_without_guidance_has_arms_of_its_own_and_one_offline_phase(make_plan, sweep):
+    own = {
+        "td3_bc": {"vanilla": {}, "slow": {"bc_decay_steps": 9}, "published": {"online_iterations": 0}},
+        "spot": {"vanilla": {}},
+    }
+    jobs = make_plan(algorithms=["awac", "td3_bc", "spot"], arms={"samg": {}}, own_arms=own)
+    assert kinds(jobs) == (3, 1, 5)
+    parents = {jobs[f"td3_bc-{arm}-seed0"].parent for arm in own["td3_bc"]}
+    assert len(parents) == 1 and parents.pop().steps == 15_000
+    assert jobs["td3_bc-published-seed0"].steps == 0 and jobs["spot-vanilla-seed0"].algorithm.path.name == "spot.py"
+    for job in jobs.values():
+        assert vars(job.algorithm.parse(job.words)) == vars(job.config)
+
+
+def test_a_field_that_one_algorithm_uses_online_only_and_another_offline_splits_only_the_others_phase(make_plan):
+    arms = {"a": {}, "b": {"noise_clip": 0.3}}
+    assert kinds(make_plan(algorithms=["td3_bc"], arms=arms))[0] == 2
+    assert kinds(make_plan(algorithms=["iql"], arms=arms))[0] == 1
+
+
+def test_arms_of_an_algorithm_can_be_chosen_and_their_faults_are_named(sweep, run_tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "missing_for", lambda *arguments, **options: {})
+    content = {
+        "algorithms": ["awac", "td3_bc"],
+        "tasks": ["quickstart"],
+        "seeds": [0],
+        "runs_dir": str(tmp_path / "runs"),
+    }
+    content |= {"own_arms": {"td3_bc": {"published": {"online_iterations": 0}}}}
+    message, out = run_tool(content, "--dry_run", "--arms", "published")
+    assert not message and "1 offline phases, 1 online runs\n" in out
+    for own_arms, named in (({"iql": {"a": {}}}, "own_arms must be"), ({"td3_bc": {"a b": {}}}, "an arm's name")):
+        assert named in run_tool(content | {"own_arms": own_arms}, "--dry_run")[0]
+
+
 @pytest.mark.parametrize("algorithm", ["awac", "iql", "cql", "calql"])
 def test_the_words_of_every_job_give_its_configuration_to_the_algorithms_file(make_plan, algorithm):
     for job in make_plan(algorithms=[algorithm], tasks=["quickstart", "antmaze_umaze"], arms=ARMS).values():
@@ -119,7 +154,7 @@ def test_the_words_of_every_job_give_its_configuration_to_the_algorithms_file(ma
 @pytest.mark.parametrize(
     ("name", "counts"),
     {
-        "paper": (360, 360, 720),
+        "paper": (540, 360, 990),  # the six of Table 1; TD3+BC has two arms, SPOT one
         "smoke": (8, 8, 16),
         "ablation_coefficient": (5, 5, 25),
         "ablation_threshold": (30, 30, 150),

@@ -73,7 +73,8 @@ def commands(root: str, arms: list[Arm]) -> list[str]:
     for arm in arms:
         if arm.config and arm.algorithm in ALGORITHMS:
             config = f"{root.rstrip('/')}/{arm.runs[0].place}/config.yaml"
-            words = ["python", f"algorithms/{arm.algorithm}_samg.py", "--config", config, "--runs_dir", "repeated"]
+            file = f"algorithms/{arm.algorithm}{'_samg' * ('samg' in arm.config)}.py"  # others have no guidance
+            words = ["python", file, "--config", config, "--runs_dir", "repeated"]
             lines.append(shlex.join(words))
     return lines
 

@@ -26,6 +26,8 @@ ALGORITHMS = {
     "awac": ("awac", "awac_lambda"),
     "iql": ("iql", "iql_tau"),
     "calql": ("cal_ql", "is_sparse_reward"),
+    "td3_bc": ("td3_bc", "bc_decay"),
+    "spot": ("spot", "lambd"),
 }
 # Fields that do not change what a run computes, apart from its seed.
 BOOKKEEPING = {
@@ -35,7 +37,7 @@ BOOKKEEPING = {
 # Fields that mean nothing without SAMG.
 SAMG_ONLY = rf"({'|'.join(COEFFICIENTS)}|fit|adapt|guidance|p|refresh)_.*|coefficient.*|mastered_share"
 PAPER_STEPS = {1: 200_000, 2: 200_000, 3: 500_000}  # online steps of each of the paper's tables
-NEEDED = {"env", "dataset", "samg", "coefficient", "keep_offline_data", "offline_iterations", "online_iterations"}
+NEEDED = {"env", "dataset", "offline_iterations", "online_iterations"}
 CURVES = ("score", "p_mean", "p_share")
 RESAMPLES = 2_000
 
@@ -47,7 +49,7 @@ class Run:
 
     place: str  # the folder, relative to the folder of all runs
     env: str
-    algorithm: str  # awac, iql, cql, calql; '' if nothing tells
+    algorithm: str  # of ALGORITHMS; '' if nothing tells
     arm: str  # the run's name, without its seed
     seed: int
     state: str
@@ -174,15 +176,15 @@ class Arm:
         """Its score is out of 100: only then a run has a regret."""
         return len(self.values("regret")) > 0
 
-    def incomparable(self, table: int) -> str:
-        """Why its figures must not be held against that table of the paper; '' if they may."""
+    def incomparable(self, table: int, offline: bool = False) -> str:
+        """Why its figures, or its `offline` one, must not be held against that table of the paper; '' if they may."""
         config, address = self.config, next(iter(sources.addresses(self.env)), "")
         if not config:
             return "no config.yaml"
         if not address or Path(config["dataset"]).name not in ("", Path(address).name):
             return f"not on D4RL's own data set ({config['dataset'] or 'none'})"
         for phase, steps in (("offline", 1_000_000), ("online", PAPER_STEPS[table])):
-            if (own := config[f"{phase}_iterations"]) != steps:
+            if (own := config[f"{phase}_iterations"]) != steps and not (offline and phase == "online"):
                 return f"{own:,} {phase} steps, the paper has {steps:,}"
         return ""
 
@@ -222,8 +224,10 @@ def arm_of_column(arms: list[Arm], env: str, algorithm: str, guided: bool) -> li
     mine = [arm for arm in arms if (arm.env, arm.algorithm) == (env, algorithm)]
     if named := [arm for arm in mine if arm.name in usual]:
         return named
-    want = {"samg": True, "coefficient": "vae"} if guided else {"samg": False, "keep_offline_data": True}
-    return [arm for arm in mine if arm.config and all(arm.config[name] == value for name, value in want.items())]
+    plain = {"samg": False, "keep_offline_data": True}  # also what holds for an algorithm without these fields
+    want = {"samg": True, "coefficient": "vae"} if guided else plain
+    configs = [(arm, plain | arm.config) for arm in mine if arm.config]
+    return [arm for arm, config in configs if all(config[name] == value for name, value in want.items())]
 
 
 def one_field_apart(arms: list[Arm]) -> dict[tuple[str, str], list[tuple[str, list[tuple[Any, Arm]]]]]:

@@ -18,7 +18,8 @@ SCORES = {"final_score": 1, "last_score": 1, "train_score": 1, "offline_score": 
 MORE_SCORES = {"best_score": 1, "switch_drop": 1, "train_regret": 3}
 # Paper's columns, by table: (head, [(subhead, column)])
 PAIRS = {name: [("Vanilla", name), ("SAMG", f"{name}_samg")] for name in ("cql", "awac", "iql", "cal_ql")}
-ALONE = {name: [("", name)] for name in ("td3_bc", "spot", "cal_ql", "edis")}
+ALONE = {name: [("", name)] for name in ("td3_bc", "spot", "cal_ql", "edis")} | {"td3_bc": [("offline", "td3_bc")]}
+OFFLINE = {(1, "td3_bc")}  # what the paper prints there are CORL's scores of the offline phase (docs/paper.md)
 LAYOUTS = {
     1: {name: PAIRS[name] for name in ("cql", "awac", "iql")} | ALONE,
     2: {"cal_ql": PAIRS["cal_ql"]},
@@ -168,12 +169,13 @@ def record_of(n: int, task: str, column: str, arms: list[Arm], paper: dict, metr
         record["seeds"] = f"several arms: {', '.join(arm.label for arm in candidates)}" if candidates else "missing"
         return record
     arm = candidates[0]
-    values = arm.values(metric)
+    offline = (n, column) in OFFLINE
+    values = arm.values("offline_score" if offline else metric)
     record |= {"arm": arm.label, "n": len(values), "seeds": arm.seeds_text()}
     if not len(values):
         return record
     record |= {"mean": values.mean(), "std": text_or_nothing(spread(values))}
-    if reason := arm.incomparable(n) or ("" if figures else "not a task of the paper's table"):
+    if reason := arm.incomparable(n, offline) or ("" if figures else "not a task of the paper's table"):
         reasons.setdefault(reason, [])
         reasons[reason] += [] if task in reasons[reason] else [task]
     record["comparable"] = not reason

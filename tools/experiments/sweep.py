@@ -60,8 +60,11 @@ ONLINE_ONLY = {
     ),
     *("coefficient_frequency", "refresh_offline_critic", "guidance_steps", "guidance_fade"),
     *("mastered_share", "adapt_iterations", "adapt_learning_rate", "adapt_hold", "adapt_max_drop"),
-    *("expl_noise", "noise_clip", "cql_alpha_online", "mixing_ratio"),
+    *("expl_noise", "noise_clip", "cql_alpha_online", "mixing_ratio", "online_discount", "reset_optimizers"),
+    *("online_data", "keep_last", "update_after", "bc_decay", "bc_decay_end", "bc_decay_steps"),
+    *("lambd_cool", "lambd_end"),
 }
+OFFLINE_TOO = {"noise_clip": "policy_noise"}  # but these, in an algorithm that has the other field
 # Fields that change where and how a run runs, not what it computes.
 BOOKKEEPING = {"device", "threads", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
 BOOKKEEPING |= {"checkpoint_frequency", "wandb", "project", "group"}
@@ -93,9 +96,17 @@ class Sweep:
     tasks: dict[str, dict]
     arms: dict[str, dict]
     seeds: list[int]
+    own_arms: dict[str, dict[str, dict]] = field(default_factory=dict)  # of an algorithm, in place of `arms`
     overrides: dict[str, Any] = field(default_factory=dict)
     resources: dict[str, float] = field(default_factory=lambda: {"cpus": 1, "gpus": 0})
     retries: int = 3
+
+    def arms_of(self, algorithm: str) -> dict[str, dict]:
+        return self.own_arms.get(algorithm, self.arms)
+
+    def cells(self) -> list[tuple[str, str, str]]:
+        """(algorithm, task, arm) of all runs of a seed."""
+        return [(name, *pair) for name in self.algorithms for pair in product(self.tasks, self.arms_of(name))]
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -113,6 +124,11 @@ def read_sweep(path: Path) -> Sweep:
     content = {"runs_dir": f"runs/{path.stem}", "arms": {"samg": {}}} | content
     for name in ("algorithms", "tasks", "arms"):
         content[name] = read_names(path, name, content.get(name))
+    own_arms = content["own_arms"] = content.get("own_arms") or {}
+    if not isinstance(own_arms, dict) or any(name not in content["algorithms"] for name in own_arms):
+        fail(f"{path}: own_arms must be 'algorithm: {{arm: {{field: value}}}}' lines of the sweep's, not {own_arms!r}")
+    for name, arms in own_arms.items():
+        own_arms[name] = read_names(path, f"own_arms, {name}", arms)
     overrides = content["overrides"] = read_overrides(path, "overrides", content.get("overrides"))
     seeds, retries, resources = content.get("seeds"), content.get("retries", 3), content.get("resources", {})
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
@@ -128,7 +144,7 @@ def read_sweep(path: Path) -> Sweep:
         fail(f"{path}: resources must look like {{cpus: 1, gpus: 0.2}}, they are {resources!r}")
     if not isinstance(content["runs_dir"], str) or not content["runs_dir"]:
         fail(f"{path}: runs_dir must name a folder, it is {content['runs_dir']!r}")
-    for arm in content["arms"]:
+    for arm in (arm for arms in (content["arms"], *own_arms.values()) for arm in arms):
         if not re.fullmatch(r"[\w.+-]+", arm) or arm == "offline":
             fail(f"{path}: an arm's name becomes part of a folder's: letters, digits, . + - _, and not {arm!r}")
     content |= {"overrides": overrides, "resources": {"cpus": 1, "gpus": 0} | resources}
@@ -181,9 +197,10 @@ class Job:
     @property
     def steps(self) -> int:
         """Updates, online environment steps with one update each."""
-        kind = self.algorithm.module.COEFFICIENTS[self.config.coefficient]
-        prefix = kind.PREFIX if self.kind == "fit" else f"{self.kind}_"
-        return getattr(self.config, f"{prefix}iterations")
+        config, prefix = self.config, f"{self.kind}_"
+        if self.kind == "fit":
+            prefix = self.algorithm.module.COEFFICIENTS[config.coefficient].PREFIX
+        return getattr(config, f"{prefix}iterations")
 
     @property
     def label(self) -> str:
@@ -206,10 +223,11 @@ class Algorithm:
 
     def __init__(self, name: str) -> None:
         own = name.endswith(".py")
-        self.path = (Path(name) if own else ROOT / "algorithms" / f"{name}_samg.py").absolute()
+        guided, plain = (ROOT / "algorithms" / f"{name}{end}.py" for end in ("_samg", ""))
+        self.path = (Path(name) if own else guided if guided.is_file() else plain).absolute()
         self.name = self.path.stem.removesuffix("_samg")
         if not self.path.is_file():
-            there = sorted(path.stem.removesuffix("_samg") for path in (ROOT / "algorithms").glob("*_samg.py"))
+            there = sorted(path.stem.removesuffix("_samg") for path in (ROOT / "algorithms").glob("*.py"))
             fail(f"there is no algorithm {name!r}; there are {', '.join(there)}, and files of your own by path (x.py)")
         self.module = load_module(self.path)
         self.fields = [entry.name for entry in dataclasses.fields(self.module.TrainConfig)]
@@ -227,7 +245,8 @@ class Algorithm:
 
     def fit_fields(self) -> set[str]:
         """The fields that the fit of a coefficient looks at, and the offline phase does not, such as vae_iterations."""
-        kinds = {kind for kind in self.module.COEFFICIENTS.values() if hasattr(kind, "fit_settings")}
+        coefficients = getattr(self.module, "COEFFICIENTS", {})  # an algorithm without guidance has none
+        kinds = {kind for kind in coefficients.values() if hasattr(kind, "fit_settings")}
         return {name for kind in kinds for name in kind.fit_settings(dict.fromkeys(self.fields))}
 
 
@@ -235,9 +254,9 @@ def plan(sweep: Sweep) -> list[Job]:
     """All jobs in the order in which they are to be started: seed by seed, each job behind the one it starts from."""
     algorithms = {name: Algorithm(name) for name in sweep.algorithms}
     settled: dict[tuple, tuple] = {}
-    for name, task, arm in product(sweep.algorithms, sweep.tasks, sweep.arms):
+    for name, task, arm in sweep.cells():
         algorithm, file = algorithms[name], algorithms[name].config_file(task)
-        given = sweep.overrides | sweep.algorithms[name] | sweep.tasks[task] | sweep.arms[arm]
+        given = sweep.overrides | sweep.algorithms[name] | sweep.tasks[task] | sweep.arms_of(name)[arm]
         if unknown := [field for field in given if field not in algorithm.fields]:  # argparse would take abbreviations
             near = "".join(
                 f" (did you mean {one}?)" for one in difflib.get_close_matches(unknown[0], algorithm.fields, 1)
@@ -250,7 +269,7 @@ def plan(sweep: Sweep) -> list[Job]:
         except SystemExit as stop:
             fail(f"{sweep.path}: {algorithm.name}, {task}, {arm}: {str(stop).removeprefix('error: ')}")
     jobs: dict[Path, Job] = {}
-    for seed, name, task, arm in product(sweep.seeds, sweep.algorithms, sweep.tasks, sweep.arms):
+    for seed, (name, task, arm) in product(sweep.seeds, sweep.cells()):
         algorithm, (base, plain, config) = algorithms[name], settled[name, task, arm]
         parent = None
         try:
@@ -277,14 +296,16 @@ def chain_of_configs(algorithm: Algorithm, config: Any) -> list[tuple[str, Any]]
     """
     default, fit_fields = algorithm.module.TrainConfig(), algorithm.fit_fields()
     unused = {name: getattr(default, name) for name in algorithm.fields if name in ONLINE_ONLY}
-    unused |= {"samg": True, "coefficient": "none", "online_iterations": 0}
+    unused = {name: value for name, value in unused.items() if OFFLINE_TOO.get(name) not in algorithm.fields}
+    unused |= {name: value for name, value in (("samg", True), ("coefficient", "none")) if name in algorithm.fields}
+    unused["online_iterations"] = 0
     unused |= {"buffer_size": max(default.buffer_size, config.batch_size)}
     unused |= {"runs_dir": str(Path(config.runs_dir) / "offline")}
     offline = dataclasses.replace(config, **unused | {name: getattr(default, name) for name in fit_fields})
     what = {name: value for name, value in results_of(offline).items() if name not in ("seed", "env")}
     key = fingerprint({name: value for name, value in what.items() if value != getattr(default, name)})
     chain = [("offline", dataclasses.replace(offline, name=f"{algorithm.name}-offline-{key}"))]
-    if config.samg and config.coefficient not in UNFITTED:
+    if getattr(config, "samg", False) and config.coefficient not in UNFITTED:
         kind = SAME_FIT.get(config.coefficient, config.coefficient)
         what = {name: getattr(config, name) for name in fit_fields}
         key = fingerprint({name: value for name, value in what.items() if value != getattr(default, name)})
@@ -638,10 +659,14 @@ def main() -> None:
             sweep.resources[name] = value if 0 <= value < math.inf else fail(f"--{name} must not be negative: {value}")
     for name in ("algorithms", "tasks", "arms", "seeds"):
         there, wanted = getattr(sweep, name), getattr(args, name) or []
+        there = {arm: None for own in sweep.algorithms for arm in sweep.arms_of(own)} if name == "arms" else there
         if unknown := [one for one in wanted if one not in map(str, there)]:
             fail(f"{args.sweep} has {name} {', '.join(map(str, there))}, and no {unknown[0]}")
         if wanted and name == "seeds":
             sweep.seeds = [seed for seed in there if str(seed) in wanted]
+        elif wanted and name == "arms":
+            every = {own: sweep.arms_of(own) for own in sweep.algorithms}
+            sweep.own_arms = {own: {arm: arms[arm] for arm in arms if arm in wanted} for own, arms in every.items()}
         elif wanted:
             setattr(sweep, name, {key: there[key] for key in there if key in wanted})
     jobs = plan(sweep)

@@ -1,13 +1,14 @@
 """Every algorithm on every task of the paper, each briefly, one after another: what runs here, and how long it takes.
 
-    python tools/maintenance/all_tasks.py                                # all 72, on random data made here
+    python tools/maintenance/all_tasks.py                                # all of them, on random data made here
     python tools/maintenance/all_tasks.py --data ~/.d4rl/datasets --json s.json  # on D4RL's data or anybody's, by name
     python tools/maintenance/all_tasks.py --algorithms awac iql --tasks hopper_medium antmaze_umaze
 
 A cell of the table is one algorithm's file with its configs/<algorithm>/<task>.yaml, networks and batches at full size,
-in a process and a folder of its own: 200 offline updates, 50 of the C-VAE, and 300 online steps, the last 200 with an
-update each and two periods of the coefficient; one episode is evaluated before and one after them. The table has the
-seconds of wall-clock from the process's start to its end. All this says what works, and nothing about learning.
+in a process and a folder of its own: 200 offline updates, 50 of a VAE, and 300 online steps, the last 200 of a guided
+one with an update each and two periods of the coefficient; one episode is evaluated before and one after them. The
+table has the seconds of wall-clock from the process's start to its end. All this says what works, and nothing about
+learning.
 
 Without --data, each task gets whole episodes of random actions in its own simulator, 2,000 rows or a few more, in
 D4RL's HDF5 layout. --data names a folder with files under D4RL's names or as <env>.hdf5, or Cal-QL's for the binary
@@ -20,6 +21,7 @@ import difflib
 import importlib.util
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -41,7 +43,7 @@ from tqdm import tqdm
 from d4rl_envs import sources
 
 ROOT = Path(__file__).resolve().parents[2]
-ALGORITHMS = ("awac", "iql", "cql", "calql")
+ORDER = ("awac", "iql", "cql", "calql")  # of the first columns; the others follow by name
 TASKS = (
     *(f"{robot}_{level}" for robot in ("hopper", "halfcheetah", "walker2d")
       for level in ("medium", "medium_replay", "medium_expert")),
@@ -62,6 +64,21 @@ SETTINGS = {
 ROWS = 2000  # of random data a task
 
 
+def script(algorithm: str) -> Path:
+    """Its file: <algorithm>_samg.py, or <algorithm>.py for one without guidance."""
+    guided = ROOT / "algorithms" / f"{algorithm}_samg.py"
+    return guided if guided.is_file() else guided.with_name(f"{algorithm}.py")
+
+
+def find_algorithms() -> tuple[str, ...]:
+    """All that have a file and a folder of configurations."""
+    names = {path.stem.removesuffix("_samg") for path in (ROOT / "algorithms").glob("*.py")}
+    return tuple(sorted((n for n in names if (ROOT / "configs" / n).is_dir()), key=lambda n: ((*ORDER, n).index(n), n)))
+
+
+ALGORITHMS = find_algorithms()
+
+
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit status 1."""
     raise SystemExit("error: " + " ".join(message.split()))
@@ -79,7 +96,7 @@ class Cell:
 
     @property
     def script(self) -> Path:
-        return ROOT / "algorithms" / f"{self.algorithm}_samg.py"
+        return script(self.algorithm)
 
     def show(self) -> str:
         if self.failed:
@@ -110,7 +127,9 @@ def children_cpu() -> float:
 def run(cell: Cell, dataset: Path | str, folder: Path, device: str, limit: float) -> str:
     """Run a cell with its runs below `folder`, and note how long it took, or why it failed. Returns its stderr."""
     words = ["--config", config_file(cell.algorithm, cell.task)]
-    settings = SETTINGS | {"device": device, "dataset": dataset, "runs_dir": folder / cell.algorithm}
+    fields = re.findall(r"^    (\w+): ", cell.script.read_text(), re.M)  # without guidance there are fewer
+    settings = {name: value for name, value in SETTINGS.items() if name in fields}
+    settings |= {"device": device, "dataset": dataset, "runs_dir": folder / cell.algorithm}
     words += [f"--{name}={value}" for name, value in settings.items()]
     start, cpu_start = time.perf_counter(), children_cpu()
     try:
