@@ -36,6 +36,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -335,9 +336,11 @@ def make_simulator(name: str, ends_at_goal: bool, options: dict[str, Any]) -> tu
             return package.make(name, ends_at_goal=ends_at_goal, **options), package.scoring(name)
         import gymnasium
 
-        env = gymnasium.make(name, **options)
-        tqdm.write(f"{name}: scores are returns; D4RL's come with {PACKAGE}")
-        return env, None
+        if ends_at_goal:  # the training's; once is enough
+            tqdm.write(f"{name}: scores are returns; D4RL's come with {PACKAGE}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "out of date": D4RL's tasks are the v4 ids
+            return gymnasium.make(name, **options), None
     except Exception as error:
         more = "" if package else f" (D4RL's, Minari's and OGBench's tasks need {PACKAGE})"
         fail(f"cannot make the environment {name!r}: {reason(error)}{more}")
@@ -375,35 +378,6 @@ def read_hdf5(path: Path | str, file: h5py.File) -> Iterator[tuple[str, np.ndarr
         yield key, file[key][()]
 
 
-def continuity_breaks(rows: np.ndarray, s: int, a: int, recorded: bool) -> np.ndarray:
-    """(n,) bool of load_dataset's rows: where the next row's state lies far from s'; if s' is that state, far from s.
-
-    Columns count in units of their usual step. Far from s is five times what four fifths of all steps stay below, which
-    an impact can exceed, too: a `recorded` s' is believed. Far from that is a tenth of such a step and ten times what
-    rounding makes of it.
-    """
-    sample, states, successors = rows[:: 1 + len(rows) // 100_000], rows[:, :s], rows[:, s + a + 1 : -3]
-    deviations = sample[:, :s].std(0, dtype=np.float64)
-    units = np.maximum(np.median(np.abs(sample[:, s + a + 1 : -3] - sample[:, :s]), axis=0), 0.02 * deviations)
-    moving = deviations > 1e-6 * (1 + np.abs(sample[0, :s]))  # the others are constant
-    scale = np.divide(1, units, out=np.zeros(s), where=moving).astype(np.float32)
-    steps, gaps = np.zeros((2, len(rows)), np.float32)
-    for start in range(0, len(rows) if moving.any() else 0, 8192):  # a block at a time stays in the cache
-        there, here, after = (x[start : start + 8192] for x in (successors, states, states[1:]))
-        with np.errstate(over="ignore"):
-            steps[start : start + 8192] = (((there - here) * scale) ** 2).sum(1)
-            gaps[start : start + len(after)] = (((there[: len(after)] - after) * scale) ** 2).sum(1)
-    usual = np.quantile(steps, 0.8) or np.inf  # states that hardly ever move tell nothing
-    return gaps > max(100 * np.median(gaps), 0.01 * usual) if recorded else steps > 25 * usual
-
-
-def guess_timeouts(terminals: np.ndarray, breaks: np.ndarray, limit: int) -> np.ndarray:
-    """(n,) bool for a file without timeouts: ends are where the states break off, or after `limit` steps (0: none)."""
-    index, ends = np.arange(len(terminals)), terminals | breaks
-    first = np.maximum.accumulate(np.where(np.append(True, ends[:-1]), index, 0))  # row of each row's episode
-    return ~terminals & (breaks | ((index - first + 1) % limit == 0 if limit else False))
-
-
 def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Read a data set (read_columns); what does not fit ends the program.
 
@@ -416,7 +390,8 @@ def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False)
     places = {"observations": np.s_[:, :s], "actions": np.s_[:, s : s + a], "rewards": np.s_[:, s + a]}
     places |= {"next_observations": np.s_[:, s + a + 1 : -3], "terminals": np.s_[:, -3]}
     rows = timeouts = None
-    for key, array in read_columns(path, env.name):  # one after another, so that there is never a second copy of all
+    columns, path = read_columns(path, env.name), path or env.name
+    for key, array in columns:  # one after another, so that there is never a second copy of all
         if rows is None:
             rows = np.zeros((array.size, 2 * s + a + 4), np.float32)
             if not array.size:
@@ -442,23 +417,20 @@ def load_dataset(path: Path | str, env: Environment, clip_actions: bool = False)
     terminals, knows_successors = rows[places["terminals"]].astype(bool), key == "next_observations"
     if not knows_successors:
         rows[places["next_observations"]] = np.roll(rows[places["observations"]], -1, axis=0)
-    breaks = continuity_breaks(rows, s, a, knows_successors)
-    breaks[-1], guessed = False, timeouts is None
-    if guessed:
-        timeouts = guess_timeouts(terminals, breaks, env.time_limit)
-        rule = "where the states break off" + (f" or after {env.time_limit} steps" if env.time_limit else "")
-        tqdm.write(f"{path} has no timeouts: guessed {timeouts.sum():,}, {rule}")
+    breaks = False
+    if package := import_package():
+        ends = (terminals, timeouts, knows_successors, env.time_limit)
+        found = package.find_timeouts(rows[places["observations"]], rows[places["next_observations"]], *ends)
+        timeouts, breaks, notes = found
+        for note in notes:
+            tqdm.write(f"{path}: {note}")
+    elif timeouts is None:
+        fail(f"{path} has no timeouts; they are guessed with {PACKAGE}")
     ends = terminals | timeouts
     returns = np.diff(np.append(0, rows[places["rewards"]].cumsum(dtype=np.float64)[np.flatnonzero(ends)]))
-    if (strays := np.flatnonzero(breaks & ~ends)).size:
-        found = f"after {strays.size:,} rows inside episodes, first row {strays[0]}, the states do not go on"
-        if guesses := knows_successors and not timeouts.any():  # the rows stay, but no return runs across
-            ends |= breaks
-        rule = "as no timeout is set, episodes end there" if guesses else "does an episode's last row lack its timeout?"
-        tqdm.write(f"warning: {path}: {found}: {rule}")
     keep = np.ones(len(rows), bool) if knows_successors else terminals | ~timeouts
     keep[-1] &= terminals[-1] or knows_successors
-    ends |= np.append(~keep[1:], True)
+    ends |= breaks | np.append(~keep[1:], True)
     rows[:, -1] = ends
     if not keep.all():
         kept = np.flatnonzero(keep)
