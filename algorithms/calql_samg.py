@@ -697,10 +697,10 @@ class TwinCritic(nn.Module):
 
 
 def q_values(critic: nn.Module, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of k actions for each state, (2, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
+    """Q of k actions for each state, (critics, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
     n, k, act_dim = actions.shape
     assert len(states) == n, (states.shape, actions.shape)
-    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(2, n, k)
+    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(-1, n, k)
 
 
 def conservative_gap(q: torch.Tensor, log_density: torch.Tensor, config: Any) -> torch.Tensor:
@@ -1917,6 +1917,19 @@ def returns_to_go(rewards, ends, discount: float, failure: float | None) -> np.n
     return returns
 
 
+def failing_reward_of_task(env: Environment, scale: float, bias: float) -> float:
+    return scale * (-1.0 if re.match(".*-binary-|ogbench:", env.name) else 0.0) + bias
+
+
+def find_failing_reward(rewards: np.ndarray, env: Environment, scale: float, bias: float) -> float:
+    """The lower of the two (scaled) rewards, (n,), that a sparse task pays; where the data hold one, the task's own."""
+    values = np.unique(rewards).tolist()
+    if len(values) > 2 or (len(values) == 1 and env.scoring != "success"):
+        found = f"{len(values)} rewards, from {values[0]:g} to {values[-1]:g} (scaled)"
+        fail(f"is_sparse_reward needs data of two rewards, of failing and of success, not {found}: set it false")
+    return values[0] if values[1:] else failing_reward_of_task(env, scale, bias)
+
+
 class MixingBuffer(ReplayBuffer):
     """CORL's Cal-QL: a share of each online batch comes from the offline rows, the rest from the online ones."""
 
@@ -1946,19 +1959,10 @@ class CalQLRun(GuidedRun):
         super().__init__(config, algorithm)
         self.episode_rewards: list[float] = []  # of the open episode; there is none where a run is saved
 
-    def find_failing_reward(self, rewards: np.ndarray) -> float:
-        """The lower of the two rewards, (n,), that a sparse task pays; where the data hold but one, the task's own."""
-        values = np.unique(rewards).tolist()
-        if len(values) > 2 or (len(values) == 1 and self.env.scoring != "success"):
-            found = f"{len(values)} rewards, from {values[0]:g} to {values[-1]:g} (scaled)"
-            fail(f"is_sparse_reward needs data of two rewards, of failing and of success, not {found}: set it false")
-        return values[0] if values[1:] else self.failure_of_task()
-
-    def failure_of_task(self) -> float:
-        return self.reward_scale * (-1.0 if re.match(".*-binary-|ogbench:", self.env.name) else 0.0) + self.reward_bias
-
     def returns(self, rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        failure = self.failure_of_task() if self.failing_reward is None else self.failing_reward
+        failure = self.failing_reward
+        if failure is None:
+            failure = failing_reward_of_task(self.env, self.reward_scale, self.reward_bias)
         return returns_to_go(rewards, ends, self.config.discount, failure if self.config.is_sparse_reward else None)
 
     def load_dataset(self) -> None:
@@ -1967,7 +1971,7 @@ class CalQLRun(GuidedRun):
             rows = self.dataset.stored()
             rewards = rows.rewards.cpu().numpy()
             if self.config.is_sparse_reward and self.failing_reward is None:
-                self.failing_reward = self.find_failing_reward(rewards)
+                self.failing_reward = find_failing_reward(rewards, self.env, self.reward_scale, self.reward_bias)
             rows.extra.copy_(torch.from_numpy(self.returns(rewards, self.episode_ends)))
 
     def new_buffer(self, capacity: int) -> ReplayBuffer:

@@ -692,10 +692,10 @@ class TwinCritic(nn.Module):
 
 
 def q_values(critic: nn.Module, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of k actions for each state, (2, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
+    """Q of k actions for each state, (critics, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
     n, k, act_dim = actions.shape
     assert len(states) == n, (states.shape, actions.shape)
-    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(2, n, k)
+    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(-1, n, k)
 
 
 def conservative_gap(q: torch.Tensor, log_density: torch.Tensor, config: Any) -> torch.Tensor:

@@ -56,6 +56,11 @@ def spot():
     return load_module("algorithms/spot.py")
 
 
+@pytest.fixture(scope="session")
+def wsrl():
+    return load_module("algorithms/wsrl.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def sources():
     """pyrallis parses a whole file once for every field's help text: here, once."""
