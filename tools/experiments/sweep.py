@@ -61,7 +61,7 @@ ONLINE_ONLY = {
     *("expl_noise", "noise_clip", "cql_alpha_online", "mixing_ratio"),
 }
 # Fields that change where and how a run runs, not what it computes.
-BOOKKEEPING = {"device", "threads", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
+BOOKKEEPING = {"device", "threads", "graphs", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
 BOOKKEEPING |= {"checkpoint_frequency", "wandb", "project", "group"}
 SET_BY_THE_SWEEP = {"seed", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
 UNFITTED = ("even", "random", "none")  # coefficients that look at no data
