@@ -39,6 +39,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -74,6 +75,7 @@ class TrainConfig:
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     threads: int = 1  # CPU threads; more than one does not pay for networks of this size
     compile: str = "auto"  # torch.compile the update: true, false, or auto: in runs of 20,000 updates and more
+    graphs: str = "auto"  # replay updates as CUDA graphs: true, false, or auto: on CUDA, if that works
     # --- Run
     runs_dir: str = "runs"  # the run's folder is <runs_dir>/<env>/<name>-seed<seed>
     name: str = ""  # empty: made from the algorithm and the arm, such as cql-samg
@@ -184,8 +186,8 @@ def check_config(config: Any, **words: Any) -> None:
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
     config.env = config.env or (config.dataset if re.match("minari:|ogbench:", config.dataset) else "hopper-medium-v2")
-    config.compile = config.compile.lower()
-    words["compile"] = ("auto", "true", "false")
+    config.compile, config.graphs = config.compile.lower(), config.graphs.lower()
+    words["compile"] = words["graphs"] = ("auto", "true", "false")
     for name, value in asdict(config).items():
         if isinstance(value, str):
             if value not in words.get(name, (value,)):
@@ -538,6 +540,11 @@ class ReplayBuffer:
         self.widths = (obs_dim, act_dim, 1, obs_dim, 1, 1, 1)
         self.rows = torch.from_numpy(np.zeros((capacity, sum(self.widths)), np.float32)).to(device)
         self.kept = self.size = self.pointer = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # the size, for a graph to read anew
+
+    def resize(self, size: int) -> None:
+        self.size = size
+        self.count.fill_(size)
 
     def load(self, rows: np.ndarray) -> None:
         """Keep load_dataset's rows as the first ones; where there is room for no more, themselves, not a copy."""
@@ -545,14 +552,21 @@ class ReplayBuffer:
             self.rows = torch.from_numpy(rows).to(self.rows.device)
         else:
             self.rows[: len(rows)] = torch.from_numpy(rows)
-        self.kept = self.size = self.pointer = len(rows)
+        self.kept = self.pointer = len(rows)
+        self.resize(len(rows))
 
-    def add(self, state, action, reward: float, next_state, done: bool, p: float, extra: float = 0.0) -> None:
-        """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full."""
+    def add(self, state, action, reward: float, next_state, done: bool, p: float = 0.0, extra: float = 0.0) -> Batch:
+        """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full; returns its row.
+
+        It goes up in one copy, which nothing waits for, and comes back as views, (1, ...), to be completed in place.
+        """
         row = np.concatenate((state, action, (reward,), next_state, (done, p, extra)), dtype=np.float32)
-        self.rows[self.pointer] = torch.from_numpy(row)
-        self.size = max(self.size, self.pointer + 1)
+        place, row = self.rows[self.pointer : self.pointer + 1], torch.from_numpy(row[None])
+        place.copy_(row.pin_memory() if place.is_cuda else row, non_blocking=True)
+        if self.pointer == self.size:
+            self.resize(self.size + 1)
         self.pointer = self.pointer + 1 if self.pointer + 1 < len(self.rows) else self.kept
+        return self.batch(place)
 
     def batch(self, rows: torch.Tensor) -> Batch:
         """Split packed rows (n, width) into a Batch of views."""
@@ -561,7 +575,11 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Rows drawn uniformly with replacement."""
-        return self.batch(self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)])
+        if self.rows.is_cuda:
+            index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.count
+        else:
+            index = torch.randint(self.size, (batch_size,))
+        return self.batch(self.rows[index])
 
     def stored(self) -> Batch:
         """All rows, as views, so that p can be rewritten in place."""
@@ -582,7 +600,8 @@ class ReplayBuffer:
         places = range(self.kept, size) if size == len(self.rows) else (size, self.kept)
         if rows.shape[1:] != self.rows.shape[1:] or size > len(self.rows) or pointer not in places:
             raise ValueError(f"a buffer of {tuple(rows.shape)} with its pointer at {pointer} does not fit")
-        self.size, self.pointer = size, pointer if size == len(self.rows) else size
+        self.pointer = pointer if size == len(self.rows) else size
+        self.resize(size)
         self.rows[self.kept : self.size] = rows.to(self.rows.device)
 
 
@@ -596,18 +615,39 @@ def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
 
 
 class LiveArrays:
-    """Tensors of an agent as numpy arrays of the same memory, on a GPU as copies: for a single row torch is slow."""
+    """Tensors of an agent as numpy arrays, as for a single row torch is slow; on a CPU of the same memory.
+
+    On a GPU they are copies, made all in one after `stale` was set: by an update or a load, the only ones that may
+    change what is copied.
+    """
 
     def __init__(self, agent: nn.Module, network: str, *names: str) -> None:
         layers = [name for name, _ in agent.named_parameters() if name.startswith(network)]
         self.agent, self.names, self.address, self.arrays = agent, (*names, *layers), 0, []
+        self.stale, self.copied = True, None  # an event behind the copy that is under way
+        agent.register_load_state_dict_post_hook(lambda agent, _: setattr(agent.live_arrays, "stale", True))
+
+    def fetch(self) -> None:
+        """Begin to copy what has changed; a GPU does so behind its update, and nothing here waits for it."""
+        first = self.agent.obs_mean
+        if first.data_ptr() != self.address:  # the agent has changed its place or type
+            tensors = self.agent.state_dict()
+            self.tensors = host = [tensors[name] for name in self.names]
+            if first.is_cuda:
+                self.flat = torch.empty(sum(t.numel() for t in host), dtype=first.dtype, pin_memory=True)
+                parts = self.flat.split([t.numel() for t in host])
+                host = [part.view(t.shape) for part, t in zip(parts, host)]
+            self.address, self.arrays, self.stale = first.data_ptr(), [t.numpy() for t in host], True
+        if self.stale and first.is_cuda:
+            self.flat.copy_(torch.cat([t.flatten() for t in self.tensors]), non_blocking=True)
+            self.copied, self.stale = torch.cuda.current_stream(first.device).record_event(), False
 
     def __call__(self) -> list[np.ndarray]:
         """Those of these names, then weight and bias of each layer of mlp()'s network."""
-        first = self.agent.obs_mean
-        if first.is_cuda or first.data_ptr() != self.address:  # the agent has changed its place or type
-            tensors = self.agent.state_dict()
-            self.address, self.arrays = first.data_ptr(), [tensors[name].cpu().numpy() for name in self.names]
+        self.fetch()
+        if self.copied:
+            self.copied.synchronize()
+            self.copied = None
         return self.arrays
 
 
@@ -779,7 +819,7 @@ def select_mastered(errors: torch.Tensor, share: float) -> torch.Tensor:
 class LearnedCoefficient(nn.Module):
     """What each learned p(s, a) has: a fit to the offline data, then updates online that forget nothing (B.1.4).
 
-    A subclass has `fit_step` and `calibrate`, `degree(s, a, s')`: its p before the threshold, `loss(batch)` to
+    A subclass has `prepare`, `learn` and `calibrate`, `degree(s, a, s')`: its p before the threshold, `loss(batch)` to
     minimise, and `outputs(batch)`, (n, k): what its p rests on.
     """
 
@@ -819,6 +859,11 @@ class LearnedCoefficient(nn.Module):
     def holds_out(self) -> bool:
         """Whether a part of the data is kept from the fit's updates, to set p_m by it."""
         return self.config.p_share > 0
+
+    def fit_step(self, dataset: ReplayBuffer, step: int, replay: Callable | None = None) -> dict[str, torch.Tensor]:
+        """One update of the fit on offline rows: the host's part, prepare(), then learn(); `step` counts from 0."""
+        self.prepare(dataset, step)
+        return replay(self.learn, dataset) if replay else self.learn(dataset)
 
     def draw(self, dataset: ReplayBuffer) -> Batch:
         """Offline rows for an update of the fit."""
@@ -900,16 +945,17 @@ class VAECoefficient(LearnedCoefficient):
         outputs, config = torch.stack(self.vae.encode(states, actions)), self.config
         return offline_degree(outputs, self.mean, self.cov, self.whitening, config.vae_mean_weight, config.vae_tail)
 
-    def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
-        """One update on offline rows; `step` counts from 0."""
+    def prepare(self, dataset: ReplayBuffer, step: int) -> None:
         config = self.config
         if not config.vae_kl_target:  # a fixed beta, or KL annealing (Appendix B.1.2)
             self.beta.fill_(config.vae_beta * min(1.0, (step + 1) / max(1, config.vae_kl_annealing)))
+
+    def learn(self, dataset: ReplayBuffer) -> dict[str, torch.Tensor]:
         reconstruction, kl = self.vae.losses(self.draw(dataset))
         descend(self.optimizers, gradients(self.optimizers, {"vae": reconstruction + self.beta * kl}))
         metrics = {"vae_reconstruction": reconstruction.detach(), "vae_kl": kl.detach(), "vae_beta": self.beta.clone()}
-        if config.vae_kl_target:  # under a fixed beta the posterior collapses easily: steer it [ours]
-            self.beta.mul_((0.01 * (kl.detach() / config.vae_kl_target - 1).clamp(-1, 1)).exp()).clamp_(1e-8, 1e4)
+        if target := self.config.vae_kl_target:  # under a fixed beta the posterior collapses easily: steer it [ours]
+            self.beta.mul_((0.01 * (kl.detach() / target - 1).clamp(-1, 1)).exp()).clamp_(1e-8, 1e4)
         return metrics
 
     def loss(self, batch: Batch) -> torch.Tensor:
@@ -959,6 +1005,7 @@ class CalibratedCoefficient(LearnedCoefficient):
             self.register_buffer(f"{name}_mean", torch.zeros(width))
             self.register_buffer(f"{name}_std", torch.ones(width))
         self.register_buffer("scores", torch.zeros(1000))  # quantiles of the held-out rows' strangeness, rising
+        self.register_buffer("rate", torch.zeros(()), persistent=False)  # the step size, for a graph to read anew
         self.to(device)
         self.optimizers = {"fit": torch.optim.Adam(self.trained(), lr=config.fit_learning_rate, fused=True)}
 
@@ -981,14 +1028,18 @@ class CalibratedCoefficient(LearnedCoefficient):
     def loss(self, batch: Batch) -> torch.Tensor:
         return self.strangeness(*self.standardise(*batch.triple())).mean()
 
-    def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
-        """One update on offline rows that are not held out; the step size falls linearly to 0 over all steps."""
+    def prepare(self, dataset: ReplayBuffer, step: int) -> None:
+        """The step size falls linearly to 0 over all steps."""
         if self.training_rows is None:
             for name, columns in zip(("state", "action"), dataset.stored()):
                 mean, std = map(torch.from_numpy, column_moments(columns.cpu().numpy()))
                 getattr(self, f"{name}_mean").copy_(mean), getattr(self, f"{name}_std").copy_(std + 1e-3)
+        rate = self.config.fit_learning_rate * (1 - step / self.fit_iterations)
+        self.optimizers["fit"].param_groups[0]["lr"] = self.rate.fill_(rate) if self.rate.is_cuda else rate
+
+    def learn(self, dataset: ReplayBuffer) -> dict[str, torch.Tensor]:
+        """On offline rows that are not held out."""
         loss = self.loss(self.draw(dataset))
-        self.optimizers["fit"].param_groups[0]["lr"] = self.config.fit_learning_rate * (1 - step / self.fit_iterations)
         descend(self.optimizers, gradients(self.optimizers, {"fit": loss}))
         return {"fit_loss": loss.detach()}
 
@@ -1068,8 +1119,6 @@ class EmbeddingCoefficient(CalibratedCoefficient):
 class ConstantCoefficient(nn.Module):
     """The ablations that look at no sample: `even` p = 1/2, `random` p ~ U(0, 1), `none` p = 0."""
 
-    fit_step = None  # there is nothing to fit
-
     def __init__(self, config: Any, obs_dim: int, act_dim: int, device: str) -> None:
         super().__init__()
         self.kind, self.fit_iterations, self.adaptive, self.optimizers = config.coefficient, 0, False, {}
@@ -1096,8 +1145,78 @@ def guidance_metrics(r_in: torch.Tensor, p: torch.Tensor, discount: float) -> di
     return dict(zip(GUIDANCE_METRICS, metrics))
 
 
+# --- What every agent has
+class Agent(nn.Module):
+    """Beside this an agent has `config`, `optimizers`, `live_arrays`, act(), and learn(batch, *flags): one update.
+
+    The flags say which operations the update has, so that it can be compiled and recorded (Replay).
+    """
+
+    policy_held = False  # true in the first policy_hold_steps after the warm-up
+
+    def begin(self, guided: bool) -> tuple[bool, ...]:
+        """The host's part of an update; returns the flags that learn() takes."""
+        self.live_arrays.stale = True
+        return guided, self.policy_held
+
+    def update(self, batch: Batch, guided: bool = False) -> dict[str, torch.Tensor]:
+        """Returns METRICS, on the device."""
+        return self.learn(batch, *self.begin(guided))
+
+    def learn_from(self, buffer: ReplayBuffer, *flags: bool) -> dict[str, torch.Tensor]:
+        return self.learn(buffer.sample(self.config.batch_size), *flags)
+
+    def compile_update(self, **options: Any) -> None:
+        """With torch.compile's options."""
+        self.learn = torch.compile(self.learn, **options)
+
+    def normalize(self, states: torch.Tensor) -> torch.Tensor:
+        return (states - self.obs_mean) / self.obs_std
+
+
+class Replay:
+    """Calls functions; on CUDA as graphs: one launch in the place of hundreds, which take longer than the work itself.
+
+    Each function with its arguments, which are buffers and flags, is called three times, then recorded, then replayed:
+    on the same memory, so that a result holds until the next call. What changes from call to call must be a tensor.
+    """
+
+    def __init__(self, device: str, graphs: str) -> None:
+        """`graphs`: auto, true or false, as the field."""
+        if graphs == "true" and "cuda" not in device:
+            fail(f"graphs: true needs CUDA, this run is on {device}; --graphs auto does without")
+        self.must, self.calls, self.recorded = graphs == "true", Counter(), {}
+        self.stream = torch.cuda.Stream(device) if "cuda" in device and graphs != "false" else None
+
+    def __call__(self, function: Callable, *args: Any) -> dict[str, torch.Tensor]:
+        if self.stream is None:
+            return function(*args)
+        usual, key = torch.cuda.current_stream(self.stream.device), (function, *args)
+        self.calls[key] += 1
+        if self.calls[key] <= 3:  # on a stream of its own, as PyTorch asks for
+            self.stream.wait_stream(usual)
+            with torch.cuda.stream(self.stream):
+                result = function(*args)
+            usual.wait_stream(self.stream)
+            return result
+        if key not in self.recorded:
+            try:
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=self.stream):  # carries nothing out
+                    self.recorded[key] = graph, function(*args)
+            except Exception as error:
+                why = f"{function.__qualname__} cannot be recorded as a CUDA graph: {reason(error)}"
+                if self.must:
+                    fail(f"{why}; --graphs auto does without")
+                tqdm.write(f"{why}; what follows runs without")
+                self.stream = None
+                return function(*args)
+        graph, result = self.recorded[key]
+        graph.replay()
+        return result
+
+
 # --- CQL with SAMG
-class CQL(nn.Module):
+class CQL(Agent):
     """CQL (Kumar et al., 2020) as CORL runs it, with SAMG's target, Eq. (1), and penalty."""
 
     ALGORITHM = "cql_samg"
@@ -1118,7 +1237,6 @@ class CQL(nn.Module):
         self.log_alpha = nn.Parameter(torch.zeros(()), requires_grad=config.use_automatic_entropy_tuning)
         self.log_alpha_prime = nn.Parameter(torch.ones(()), requires_grad=config.cql_lagrange)
         self.register_buffer("cql_alpha", torch.tensor(float(config.cql_alpha)))  # a buffer: the switch changes it
-        self.policy_held = False  # true in the first policy_hold_steps after the warm-up
         self.register_buffer("guidance_weight", torch.ones(()))
         self.register_buffer("obs_mean", torch.zeros(env.obs_dim))
         self.register_buffer("obs_std", torch.ones(env.obs_dim))
@@ -1140,9 +1258,6 @@ class CQL(nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.updates = int(state)
 
-    def normalize(self, states: torch.Tensor) -> torch.Tensor:
-        return (states - self.obs_mean) / self.obs_std
-
     def to_unit(self, actions: torch.Tensor) -> torch.Tensor:
         """From the environment's bounds to -1 and 1, between which policy and critics work."""
         return (actions - (self.action_low + self.action_high) / 2) / ((self.action_high - self.action_low) / 2)
@@ -1156,14 +1271,16 @@ class CQL(nn.Module):
             action += np.exp(log_std) * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
         return np.minimum(np.maximum((low + high) / 2 + (high - low) / 2 * np.tanh(action), low), high)
 
-    def update(self, batch: Batch, guided: bool = False) -> dict[str, torch.Tensor]:
-        """One step of policy, temperature and critics, each from the same old parameters, as CORL; unguided, p is 0."""
+    def begin(self, guided: bool) -> tuple[bool, ...]:
+        """Counts the update, whose number a compiler would take for a constant, as a graph would."""
         self.updates += 1
         moves_target = self.updates % self.config.target_update_period == 0
-        return self.learn(batch, guided, self.updates <= self.config.bc_steps, moves_target)
+        return *super().begin(guided), self.updates <= self.config.bc_steps, moves_target
 
-    def learn(self, batch: Batch, guided: bool, cloning: bool, moves_target: bool) -> dict[str, torch.Tensor]:
-        """The update without its number, which a compiler would take for a constant."""
+    def learn(
+        self, batch: Batch, guided: bool, held: bool, cloning: bool, moves_target: bool
+    ) -> dict[str, torch.Tensor]:
+        """One step of policy, temperature and critics, each from the same old parameters, as CORL; unguided, p is 0."""
         config, k, act_dim = self.config, self.config.cql_n_actions, batch.actions.shape[1]
         states, next_states = self.normalize(batch.states), self.normalize(batch.next_states)
         actions, metrics = self.to_unit(batch.actions), {}
@@ -1228,7 +1345,7 @@ class CQL(nn.Module):
         metrics |= {"q_mean": q[:, :, 0].detach().mean(), "cql_gap": gap.detach().mean()}
         metrics |= {"entropy": -log_pi.detach().mean(), "td_error": (q[:, :, 0].detach() - target).abs().mean()}
         along = gradients(self.optimizers, losses)
-        if self.policy_held:
+        if held:
             along = {name: gradient for name, gradient in along.items() if name not in ("actor", "alpha")}
         descend(self.optimizers, along)
 
@@ -1238,10 +1355,6 @@ class CQL(nn.Module):
                 rate = config.soft_target_update_rate
                 torch._foreach_lerp_([*self.target_critic.parameters()], [*self.critic.parameters()], rate)
         return metrics
-
-    def compile_update(self, **options: Any) -> None:
-        """With torch.compile's options."""
-        self.learn = torch.compile(self.learn, **options)
 
     @torch.no_grad()
     def bellman_errors(self, batch: Batch) -> torch.Tensor:
@@ -1415,7 +1528,8 @@ class Run:
     PROGRESS += ("train_episodes", "seconds", "peak_memory_mb")
     CARRIED = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")  # over the switch, to another run
     # What a resumed run may change, and what one from an offline checkpoint may not
-    RESUMABLE = {"resume", "device", "threads", "wandb", "checkpoint_frequency", "dataset", "online_iterations"}
+    RESUMABLE = {"resume", "device", "threads", "graphs", "wandb", "checkpoint_frequency", "dataset"}
+    RESUMABLE |= {"online_iterations"}
     SETTLED = {"offline_iterations", "hidden_dim", "q_n_hidden_layers", "critic_layer_norm", "iql_deterministic"}
     SETTLED |= {"normalize", "normalize_reward", "reward_scale", "reward_bias", "cql_alpha"}
 
@@ -1438,6 +1552,7 @@ class Run:
         self.eval_env = Environment(config.env, ends_at_goal=False, **limit)
         torch.manual_seed(derive_seed(config.seed, "networks"))
         self.parts = self.build()  # what checkpoints hold
+        self.replay = Replay(self.device, config.graphs)
         self.dataset = self.buffer = self.wandb = None  # the ReplayBuffers before and after the switch; wandb's run
         self.step = self.episode = self.dataset_checksum = 0
         self.stop_signal = self.stop_time = self.save_wanted = 0  # what signals have asked for, and when
@@ -1456,8 +1571,11 @@ class Run:
 
     def phases(self) -> list[tuple[str, int, Callable]]:
         """What comes before the switch: the phase's name, its number of updates, and update(dataset, step)."""
-        size = self.config.batch_size
-        return [("offline", self.config.offline_iterations, lambda data, step: self.agent.update(data.sample(size)))]
+        return [("offline", self.config.offline_iterations, lambda dataset, step: self.update(dataset))]
+
+    def update(self, buffer: ReplayBuffer, guided: bool = False) -> dict[str, torch.Tensor]:
+        """One update of the agent on rows drawn from a buffer."""
+        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(guided))
 
     @property
     def switch(self) -> int:
@@ -1483,14 +1601,14 @@ class Run:
         """The update of online step `step`, counted from 1."""
         if step <= self.warmup() or not self.buffer.size:
             return {}
-        return self.agent.update(self.buffer.sample(self.config.batch_size))
+        return self.update(self.buffer)
 
     def end_step(self, step: int) -> None:
         """After an online step and its update."""
 
-    def remember(self, state, action, reward: float, next_state, terminated: bool, p: float = 0.0) -> None:
-        """Put an online transition into the buffer."""
-        self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
+    def remember(self, state, action, reward: float, next_state, terminated: bool) -> Batch:
+        """Put an online transition into the buffer; returns its row there."""
+        return self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated)
 
     def end_episode(self) -> None:
         """An online episode is over, by its own end or by the time limit."""
@@ -1586,7 +1704,7 @@ class Run:
 
     def make_buffer(self) -> None:
         """The online phase's: one free of offline data, or CORL's, the offline rows with room for online ones."""
-        keeps = self.keeps_offline_data()
+        keeps, self.replay = self.keeps_offline_data(), Replay(self.device, self.config.graphs)
         self.buffer, self.dataset = self.dataset if keeps else self.new_buffer(self.config.buffer_size), None
 
     def new_buffer(self, capacity: int) -> ReplayBuffer:
@@ -1808,7 +1926,10 @@ class GuidedRun(Run):
         return parts | {"coefficient": self.coefficient} | self.coefficient.optimizers
 
     def phases(self) -> list[tuple[str, int, Callable]]:
-        return [*super().phases(), ("coefficient", self.coefficient.fit_iterations, self.coefficient.fit_step)]
+        return [*super().phases(), ("coefficient", self.coefficient.fit_iterations, self.fit_step)]
+
+    def fit_step(self, dataset: ReplayBuffer, step: int) -> dict[str, torch.Tensor]:
+        return self.coefficient.fit_step(dataset, step, self.replay)
 
     def end_phase(self, phase: str) -> None:
         if phase == "coefficient":
@@ -1847,12 +1968,13 @@ class GuidedRun(Run):
             return {}
         agent.guidance_weight.fill_(weight := guidance_weight(config, step))
         agent.policy_held = step <= self.warmup() + config.policy_hold_steps
-        return agent.update(self.buffer.sample(config.batch_size), guided=config.samg and weight > 0)
+        return self.update(self.buffer, guided=config.samg and weight > 0)
 
-    def remember(self, state, action, reward: float, next_state, terminated: bool, p: float = 0.0) -> None:
-        """Put an online transition into the buffer, with its p."""
-        triple = (torch.from_numpy(x[None]).to(self.device) for x in (state, action, next_state))
-        super().remember(state, action, reward, next_state, terminated, self.coefficient(*triple).item())
+    def remember(self, *transition: Any) -> Batch:
+        """With its p, which stays on the device."""
+        row = super().remember(*transition)
+        row.p.copy_(self.coefficient(*row.triple()))
+        return row
 
     def end_step(self, step: int) -> None:
         if self.config.samg and step % self.config.coefficient_frequency == 0:
@@ -1921,8 +2043,9 @@ def finetune_online(run: Run) -> None:
                 step, times = run.step - run.switch + 1, [time.perf_counter()]
                 action = agent.act(observation, deterministic=False)
                 times.append(time.perf_counter())
-                if config.overlap:  # a GPU works through it while the environment steps
+                if config.overlap:  # a GPU works through it, and copies the actor, while the environment steps
                     metrics = run.update_online(step)
+                    agent.live_arrays.fetch()
                 times.append(time.perf_counter())
                 next_observation, reward, terminated, truncated = env.step(action)
                 times.append(time.perf_counter())
@@ -1949,7 +2072,8 @@ def compiles(config: Any, device: str) -> bool:
         return False
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     torch._inductor.config.fallback_random = True  # the same draws as without compilation
-    torch._inductor.config.compile_threads = config.threads
+    if "cuda" not in device:  # there Triton compiles, in processes of its own
+        torch._inductor.config.compile_threads = config.threads
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
         return True
@@ -1984,6 +2108,7 @@ def train(run: Run) -> None:
         if compiled := compiles(config, run.device):
             run.agent.compile_update()
         how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"
+        how += ", updates replayed as CUDA graphs" if run.replay.stream else ""
         tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s), {how}")
         first = 0
         for phase, length, update in run.phases():

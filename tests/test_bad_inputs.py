@@ -475,16 +475,16 @@ def test_offline_checkpoint_from_another_phase(run, refused, hopper_file):
 # --- During a run
 @pytest.mark.parametrize("part", ["actor.log_std", "critic.heads.0.0.bias"])
 def test_diverging_run_keeps_the_checkpoint_before(part, run, refused, awac, monkeypatch, tmp_path):
-    update, calls = awac.AWAC.update, []
+    learn, calls = awac.AWAC.learn, []
 
     def poisoned(agent, *arguments, **settings):
-        metrics = update(agent, *arguments, **settings)
+        metrics = learn(agent, *arguments, **settings)
         calls.append(1)
         if len(calls) == 12:  # in step 27: the next checkpoint is due in step 30, the next row of the log in step 40
             agent.get_parameter(part).data += torch.nan
         return metrics
 
-    monkeypatch.setattr(awac.AWAC, "update", poisoned)
+    monkeypatch.setattr(awac.AWAC, "learn", poisoned)
     folder = shutil.copytree(run / "halted", tmp_path / "halted")
     before = (folder / "checkpoint.pt").read_bytes()
     refused(["diverged"], "--resume", folder)

@@ -199,7 +199,7 @@ class Case(NamedTuple):
     def buffer(self) -> Any:
         buffer = self.module.ReplayBuffer(self.args.rows, OBS_DIM, ACT_DIM, self.args.device)
         buffer.rows.copy_(random_rows(buffer.widths, self.args.rows, self.args.p_share, self.args.device))
-        buffer.size = self.args.rows
+        buffer.resize(self.args.rows)
         return buffer
 
 
@@ -238,8 +238,12 @@ def layer_norm_update(case: Case, guided: bool) -> Callable:
 
 
 def graphs_update(case: Case, guided: bool) -> Callable:
-    """Compiled and, on CUDA, replayed from CUDA graphs: to be measured before the files offer it."""
-    return compiled_update(case, guided, mode="reduce-overhead")
+    """Compiled and, on CUDA, replayed from a CUDA graph with its sampling, as --graphs true runs it."""
+    agent, buffer = case.agent(), case.buffer()
+    case.module.compiles(make_config(case.module, case.args, compile="true"), case.args.device)
+    agent.compile_update()
+    replay = case.module.Replay(case.args.device, "auto")
+    return lambda: replay(agent.learn_from, buffer, *agent.begin(guided))
 
 
 # A variant makes, from a case and whether it is guided, a function that samples a batch and makes one update.
@@ -301,7 +305,7 @@ def bench_online(args: argparse.Namespace) -> dict[str, list[dict]]:
         agent.start_period(False)
         run.make_buffer()
         run.buffer.rows.copy_(random_rows(run.buffer.widths, len(run.buffer.rows), args.p_share, args.device))
-        run.buffer.size = len(run.buffer.rows)
+        run.buffer.resize(len(run.buffer.rows))
         observation, splits, parts = env.reset(0), [], ("act", "environment", "insert", "sample", "update")
         for step in range(args.steps + 5):
             times = [clock()]

@@ -66,7 +66,7 @@ ONLINE_ONLY = {
 }
 OFFLINE_TOO = {"noise_clip": "policy_noise"}  # but these, in an algorithm that has the other field
 # Fields that change where and how a run runs, not what it computes.
-BOOKKEEPING = {"device", "threads", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
+BOOKKEEPING = {"device", "threads", "graphs", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
 BOOKKEEPING |= {"checkpoint_frequency", "wandb", "project", "group"}
 SET_BY_THE_SWEEP = {"seed", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
 UNFITTED = ("even", "random", "none")  # coefficients that look at no data
