@@ -1063,16 +1063,14 @@ class Agent(nn.Module):
     The flags say which operations the update has, so that it can be compiled and recorded (Replay).
     """
 
-    policy_held = False  # true in the first policy_hold_steps after the warm-up
-
-    def begin(self, guided: bool) -> tuple[bool, ...]:
-        """The host's part of an update; returns the flags that learn() takes."""
+    def begin(self, **told: bool) -> tuple[bool, ...]:
+        """The host's part of an update; what it is told becomes the flags that learn() takes."""
         self.live_arrays.stale = True
-        return guided, self.policy_held
+        return tuple(told.values())
 
-    def update(self, batch: Batch, guided: bool = False) -> dict[str, torch.Tensor]:
+    def update(self, batch: Batch, **told: bool) -> dict[str, torch.Tensor]:
         """Returns METRICS, on the device."""
-        return self.learn(batch, *self.begin(guided))
+        return self.learn(batch, *self.begin(**told))
 
     def learn_from(self, buffer: ReplayBuffer, *flags: bool) -> dict[str, torch.Tensor]:
         return self.learn(buffer.sample(self.config.batch_size), *flags)
@@ -1142,6 +1140,7 @@ class AWAC(Agent):
         self.target_critic = frozen_copy(self.critic)
         self.offline_critic = frozen_copy(self.critic)  # Q_off, set at the switch
         self.period_critic = frozen_copy(self.critic)  # the target critic at the start of the coefficient's period
+        self.policy_held = False  # true in the first policy_hold_steps after the warm-up
         self.register_buffer("guidance_weight", torch.ones(()))
         self.register_buffer("obs_mean", torch.zeros(env.obs_dim))
         self.register_buffer("obs_std", torch.ones(env.obs_dim))
@@ -1161,6 +1160,9 @@ class AWAC(Agent):
             std = np.exp(np.minimum(np.maximum(log_std, -20), 2))
             action += std * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
         return np.minimum(np.maximum(action, low), high)
+
+    def begin(self, guided: bool = False) -> tuple[bool, ...]:
+        return super().begin(guided=guided, held=self.policy_held)
 
     def learn(self, batch: Batch, guided: bool, held: bool) -> dict[str, torch.Tensor]:
         """One gradient step of critics and actor, without host synchronisation; unguided, p counts as 0."""
@@ -1420,9 +1422,9 @@ class Run:
         """What comes before the switch: the phase's name, its number of updates, and update(dataset, step)."""
         return [("offline", self.config.offline_iterations, lambda dataset, step: self.update(dataset))]
 
-    def update(self, buffer: ReplayBuffer, guided: bool = False) -> dict[str, torch.Tensor]:
+    def update(self, buffer: ReplayBuffer, **told: bool) -> dict[str, torch.Tensor]:
         """One update of the agent on rows drawn from a buffer."""
-        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(guided))
+        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(**told))
 
     @property
     def switch(self) -> int:

@@ -1152,16 +1152,14 @@ class Agent(nn.Module):
     The flags say which operations the update has, so that it can be compiled and recorded (Replay).
     """
 
-    policy_held = False  # true in the first policy_hold_steps after the warm-up
-
-    def begin(self, guided: bool) -> tuple[bool, ...]:
-        """The host's part of an update; returns the flags that learn() takes."""
+    def begin(self, **told: bool) -> tuple[bool, ...]:
+        """The host's part of an update; what it is told becomes the flags that learn() takes."""
         self.live_arrays.stale = True
-        return guided, self.policy_held
+        return tuple(told.values())
 
-    def update(self, batch: Batch, guided: bool = False) -> dict[str, torch.Tensor]:
+    def update(self, batch: Batch, **told: bool) -> dict[str, torch.Tensor]:
         """Returns METRICS, on the device."""
-        return self.learn(batch, *self.begin(guided))
+        return self.learn(batch, *self.begin(**told))
 
     def learn_from(self, buffer: ReplayBuffer, *flags: bool) -> dict[str, torch.Tensor]:
         return self.learn(buffer.sample(self.config.batch_size), *flags)
@@ -1237,6 +1235,7 @@ class CQL(Agent):
         self.log_alpha = nn.Parameter(torch.zeros(()), requires_grad=config.use_automatic_entropy_tuning)
         self.log_alpha_prime = nn.Parameter(torch.ones(()), requires_grad=config.cql_lagrange)
         self.register_buffer("cql_alpha", torch.tensor(float(config.cql_alpha)))  # a buffer: the switch changes it
+        self.policy_held = False  # true in the first policy_hold_steps after the warm-up
         self.register_buffer("guidance_weight", torch.ones(()))
         self.register_buffer("obs_mean", torch.zeros(env.obs_dim))
         self.register_buffer("obs_std", torch.ones(env.obs_dim))
@@ -1271,11 +1270,11 @@ class CQL(Agent):
             action += np.exp(log_std) * torch.randn(len(action), dtype=self.obs_mean.dtype).numpy()
         return np.minimum(np.maximum((low + high) / 2 + (high - low) / 2 * np.tanh(action), low), high)
 
-    def begin(self, guided: bool) -> tuple[bool, ...]:
+    def begin(self, guided: bool = False) -> tuple[bool, ...]:
         """Counts the update, whose number a compiler would take for a constant, as a graph would."""
         self.updates += 1
-        moves_target = self.updates % self.config.target_update_period == 0
-        return *super().begin(guided), self.updates <= self.config.bc_steps, moves_target
+        flags = {"guided": guided, "held": self.policy_held, "cloning": self.updates <= self.config.bc_steps}
+        return super().begin(**flags, moves_target=self.updates % self.config.target_update_period == 0)
 
     def learn(
         self, batch: Batch, guided: bool, held: bool, cloning: bool, moves_target: bool
@@ -1573,9 +1572,9 @@ class Run:
         """What comes before the switch: the phase's name, its number of updates, and update(dataset, step)."""
         return [("offline", self.config.offline_iterations, lambda dataset, step: self.update(dataset))]
 
-    def update(self, buffer: ReplayBuffer, guided: bool = False) -> dict[str, torch.Tensor]:
+    def update(self, buffer: ReplayBuffer, **told: bool) -> dict[str, torch.Tensor]:
         """One update of the agent on rows drawn from a buffer."""
-        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(guided))
+        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(**told))
 
     @property
     def switch(self) -> int:

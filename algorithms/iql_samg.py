@@ -1101,16 +1101,14 @@ class Agent(nn.Module):
     The flags say which operations the update has, so that it can be compiled and recorded (Replay).
     """
 
-    policy_held = False  # true in the first policy_hold_steps after the warm-up
-
-    def begin(self, guided: bool) -> tuple[bool, ...]:
-        """The host's part of an update; returns the flags that learn() takes."""
+    def begin(self, **told: bool) -> tuple[bool, ...]:
+        """The host's part of an update; what it is told becomes the flags that learn() takes."""
         self.live_arrays.stale = True
-        return guided, self.policy_held
+        return tuple(told.values())
 
-    def update(self, batch: Batch, guided: bool = False) -> dict[str, torch.Tensor]:
+    def update(self, batch: Batch, **told: bool) -> dict[str, torch.Tensor]:
         """Returns METRICS, on the device."""
-        return self.learn(batch, *self.begin(guided))
+        return self.learn(batch, *self.begin(**told))
 
     def learn_from(self, buffer: ReplayBuffer, *flags: bool) -> dict[str, torch.Tensor]:
         return self.learn(buffer.sample(self.config.batch_size), *flags)
@@ -1180,6 +1178,7 @@ class IQL(Agent):
         self.value = ValueFunction(env.obs_dim, config.hidden_dim, config.critic_layer_norm)
         self.offline_value = frozen_copy(self.value)  # V_off, set at the switch
         self.period_value = frozen_copy(self.value)  # the value function at the start of the coefficient's period
+        self.policy_held = False  # true in the first policy_hold_steps after the warm-up
         self.register_buffer("guidance_weight", torch.ones(()))
         self.register_buffer("obs_mean", torch.zeros(env.obs_dim))
         self.register_buffer("obs_std", torch.ones(env.obs_dim))
@@ -1215,10 +1214,10 @@ class IQL(Agent):
         action = (low + high) / 2 + (high - low) / 2 * action
         return np.minimum(np.maximum(action, low), high)
 
-    def begin(self, guided: bool) -> tuple[bool, ...]:
+    def begin(self, guided: bool = False) -> tuple[bool, ...]:
         """Compiled code must not touch an optimizer, which would compile it twice."""
         self.optimizers["actor"].param_groups[0]["lr"] = self.actor_lr  # a loaded optimizer has a tensor of its own
-        return super().begin(guided)
+        return super().begin(guided=guided, held=self.policy_held)
 
     def learn(self, batch: Batch, guided: bool, held: bool) -> dict[str, torch.Tensor]:
         """One gradient step of all networks, without host synchronisation; guided, batch.extra holds V_off(s')."""
@@ -1504,9 +1503,9 @@ class Run:
         """What comes before the switch: the phase's name, its number of updates, and update(dataset, step)."""
         return [("offline", self.config.offline_iterations, lambda dataset, step: self.update(dataset))]
 
-    def update(self, buffer: ReplayBuffer, guided: bool = False) -> dict[str, torch.Tensor]:
+    def update(self, buffer: ReplayBuffer, **told: bool) -> dict[str, torch.Tensor]:
         """One update of the agent on rows drawn from a buffer."""
-        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(guided))
+        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(**told))
 
     @property
     def switch(self) -> int:

@@ -39,6 +39,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -74,6 +75,7 @@ class TrainConfig:
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     threads: int = 1  # CPU threads; more than one does not pay for networks of this size
     compile: str = "auto"  # torch.compile the update: true, false, or auto: in runs of 20,000 updates and more
+    graphs: str = "auto"  # replay updates as CUDA graphs: true, false, or auto: on CUDA, if that works
     # --- Run
     runs_dir: str = "runs"  # the run's folder is <runs_dir>/<env>/<name>-seed<seed>
     name: str = ""  # empty: spot, and the arm where the offline data do not stay
@@ -143,8 +145,8 @@ def check_config(config: Any, **words: Any) -> None:
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
     config.env = config.env or (config.dataset if re.match("minari:|ogbench:", config.dataset) else "hopper-medium-v2")
-    config.compile = config.compile.lower()
-    words["compile"] = ("auto", "true", "false")
+    config.compile, config.graphs = config.compile.lower(), config.graphs.lower()
+    words["compile"] = words["graphs"] = ("auto", "true", "false")
     for name, value in asdict(config).items():
         if isinstance(value, str):
             if value not in words.get(name, (value,)):
@@ -488,6 +490,11 @@ class ReplayBuffer:
         self.widths = (obs_dim, act_dim, 1, obs_dim, 1, 1, 1)
         self.rows = torch.from_numpy(np.zeros((capacity, sum(self.widths)), np.float32)).to(device)
         self.kept = self.size = self.pointer = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # the size, for a graph to read anew
+
+    def resize(self, size: int) -> None:
+        self.size = size
+        self.count.fill_(size)
 
     def load(self, rows: np.ndarray) -> None:
         """Keep load_dataset's rows as the first ones; where there is room for no more, themselves, not a copy."""
@@ -495,14 +502,21 @@ class ReplayBuffer:
             self.rows = torch.from_numpy(rows).to(self.rows.device)
         else:
             self.rows[: len(rows)] = torch.from_numpy(rows)
-        self.kept = self.size = self.pointer = len(rows)
+        self.kept = self.pointer = len(rows)
+        self.resize(len(rows))
 
-    def add(self, state, action, reward: float, next_state, done: bool, p: float, extra: float = 0.0) -> None:
-        """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full."""
+    def add(self, state, action, reward: float, next_state, done: bool, p: float = 0.0, extra: float = 0.0) -> Batch:
+        """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full; returns its row.
+
+        It goes up in one copy, which nothing waits for, and comes back as views, (1, ...), to be completed in place.
+        """
         row = np.concatenate((state, action, (reward,), next_state, (done, p, extra)), dtype=np.float32)
-        self.rows[self.pointer] = torch.from_numpy(row)
-        self.size = max(self.size, self.pointer + 1)
+        place, row = self.rows[self.pointer : self.pointer + 1], torch.from_numpy(row[None])
+        place.copy_(row.pin_memory() if place.is_cuda else row, non_blocking=True)
+        if self.pointer == self.size:
+            self.resize(self.size + 1)
         self.pointer = self.pointer + 1 if self.pointer + 1 < len(self.rows) else self.kept
+        return self.batch(place)
 
     def batch(self, rows: torch.Tensor) -> Batch:
         """Split packed rows (n, width) into a Batch of views."""
@@ -511,7 +525,11 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Rows drawn uniformly with replacement."""
-        return self.batch(self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)])
+        if self.rows.is_cuda:
+            index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.count
+        else:
+            index = torch.randint(self.size, (batch_size,))
+        return self.batch(self.rows[index])
 
     def stored(self) -> Batch:
         """All rows, as views, so that p can be rewritten in place."""
@@ -532,7 +550,8 @@ class ReplayBuffer:
         places = range(self.kept, size) if size == len(self.rows) else (size, self.kept)
         if rows.shape[1:] != self.rows.shape[1:] or size > len(self.rows) or pointer not in places:
             raise ValueError(f"a buffer of {tuple(rows.shape)} with its pointer at {pointer} does not fit")
-        self.size, self.pointer = size, pointer if size == len(self.rows) else size
+        self.pointer = pointer if size == len(self.rows) else size
+        self.resize(size)
         self.rows[self.kept : self.size] = rows.to(self.rows.device)
 
 
@@ -546,18 +565,39 @@ def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
 
 
 class LiveArrays:
-    """Tensors of an agent as numpy arrays of the same memory, on a GPU as copies: for a single row torch is slow."""
+    """Tensors of an agent as numpy arrays, as for a single row torch is slow; on a CPU of the same memory.
+
+    On a GPU they are copies, made all in one after `stale` was set: by an update or a load, the only ones that may
+    change what is copied.
+    """
 
     def __init__(self, agent: nn.Module, network: str, *names: str) -> None:
         layers = [name for name, _ in agent.named_parameters() if name.startswith(network)]
         self.agent, self.names, self.address, self.arrays = agent, (*names, *layers), 0, []
+        self.stale, self.copied = True, None  # an event behind the copy that is under way
+        agent.register_load_state_dict_post_hook(lambda agent, _: setattr(agent.live_arrays, "stale", True))
+
+    def fetch(self) -> None:
+        """Begin to copy what has changed; a GPU does so behind its update, and nothing here waits for it."""
+        first = self.agent.obs_mean
+        if first.data_ptr() != self.address:  # the agent has changed its place or type
+            tensors = self.agent.state_dict()
+            self.tensors = host = [tensors[name] for name in self.names]
+            if first.is_cuda:
+                self.flat = torch.empty(sum(t.numel() for t in host), dtype=first.dtype, pin_memory=True)
+                parts = self.flat.split([t.numel() for t in host])
+                host = [part.view(t.shape) for part, t in zip(parts, host)]
+            self.address, self.arrays, self.stale = first.data_ptr(), [t.numpy() for t in host], True
+        if self.stale and first.is_cuda:
+            self.flat.copy_(torch.cat([t.flatten() for t in self.tensors]), non_blocking=True)
+            self.copied, self.stale = torch.cuda.current_stream(first.device).record_event(), False
 
     def __call__(self) -> list[np.ndarray]:
         """Those of these names, then weight and bias of each layer of mlp()'s network."""
-        first = self.agent.obs_mean
-        if first.is_cuda or first.data_ptr() != self.address:  # the agent has changed its place or type
-            tensors = self.agent.state_dict()
-            self.address, self.arrays = first.data_ptr(), [tensors[name].cpu().numpy() for name in self.names]
+        self.fetch()
+        if self.copied:
+            self.copied.synchronize()
+            self.copied = None
         return self.arrays
 
 
@@ -652,8 +692,76 @@ def shrink_last_layer(network: nn.Sequential, width: float) -> None:
         nn.init.uniform_(parameter, -width, width)
 
 
+# --- What every agent has
+class Agent(nn.Module):
+    """Beside this an agent has `config`, `optimizers`, `live_arrays`, act(), and learn(batch, *flags): one update.
+
+    The flags say which operations the update has, so that it can be compiled and recorded (Replay).
+    """
+
+    def begin(self, **told: bool) -> tuple[bool, ...]:
+        """The host's part of an update; what it is told becomes the flags that learn() takes."""
+        self.live_arrays.stale = True
+        return tuple(told.values())
+
+    def update(self, batch: Batch, **told: bool) -> dict[str, torch.Tensor]:
+        """Returns METRICS, on the device."""
+        return self.learn(batch, *self.begin(**told))
+
+    def learn_from(self, buffer: ReplayBuffer, *flags: bool) -> dict[str, torch.Tensor]:
+        return self.learn(buffer.sample(self.config.batch_size), *flags)
+
+    def compile_update(self, **options: Any) -> None:
+        """With torch.compile's options."""
+        self.learn = torch.compile(self.learn, **options)
+
+    def normalize(self, states: torch.Tensor) -> torch.Tensor:
+        return (states - self.obs_mean) / self.obs_std
+
+
+class Replay:
+    """Calls functions; on CUDA as graphs: one launch in the place of hundreds, which take longer than the work itself.
+
+    Each function with its arguments, which are buffers and flags, is called three times, then recorded, then replayed:
+    on the same memory, so that a result holds until the next call. What changes from call to call must be a tensor.
+    """
+
+    def __init__(self, device: str, graphs: str) -> None:
+        """`graphs`: auto, true or false, as the field."""
+        if graphs == "true" and "cuda" not in device:
+            fail(f"graphs: true needs CUDA, this run is on {device}; --graphs auto does without")
+        self.must, self.calls, self.recorded = graphs == "true", Counter(), {}
+        self.stream = torch.cuda.Stream(device) if "cuda" in device and graphs != "false" else None
+
+    def __call__(self, function: Callable, *args: Any) -> dict[str, torch.Tensor]:
+        if self.stream is None:
+            return function(*args)
+        usual, key = torch.cuda.current_stream(self.stream.device), (function, *args)
+        self.calls[key] += 1
+        if self.calls[key] <= 3:  # on a stream of its own, as PyTorch asks for
+            self.stream.wait_stream(usual)
+            with torch.cuda.stream(self.stream):
+                result = function(*args)
+            usual.wait_stream(self.stream)
+            return result
+        if key not in self.recorded:
+            try:
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=self.stream):  # carries nothing out
+                    self.recorded[key] = graph, function(*args)
+            except Exception as error:
+                why = f"{function.__qualname__} cannot be recorded as a CUDA graph: {reason(error)}"
+                if self.must:
+                    fail(f"{why}; --graphs auto does without")
+                tqdm.write(f"{why}; what follows runs without")
+                self.stream = None
+                return function(*args)
+        graph, result = self.recorded[key]
+        graph.replay()
+        return result
+
+
 # --- SPOT
-class SPOT(nn.Module):
+class SPOT(Agent):
     """SPOT (Wu et al., 2022); actions count in half ranges of the action space, in [-1, 1]."""
 
     ALGORITHM = "spot"
@@ -685,9 +793,6 @@ class SPOT(nn.Module):
         self.optimizers["critic"] = adam(self.critic.parameters(), lr=config.critic_lr)
         self.optimizers["vae"] = adam(self.vae.parameters(), lr=config.vae_lr)
 
-    def normalize(self, states: torch.Tensor) -> torch.Tensor:
-        return (states - self.obs_mean) / self.obs_std
-
     def to_unit(self, actions: torch.Tensor) -> torch.Tensor:
         return (actions - self.action_center) / self.action_scale
 
@@ -708,7 +813,13 @@ class SPOT(nn.Module):
         descend(self.optimizers, gradients(self.optimizers, {"vae": loss}))
         return {"vae_loss": loss.detach()}
 
-    def update(self, batch: Batch, moves_policy: bool = True) -> dict[str, torch.Tensor]:
+    def learn_vae_from(self, buffer: ReplayBuffer) -> dict[str, torch.Tensor]:
+        return self.update_vae(buffer.sample(self.config.batch_size))
+
+    def begin(self, moves_policy: bool = True) -> tuple[bool, ...]:
+        return super().begin(moves_policy=moves_policy)
+
+    def learn(self, batch: Batch, moves_policy: bool) -> dict[str, torch.Tensor]:
         """One gradient step of the critics, with `moves_policy` of the actor and the targets, too."""
         config, states, next_states = self.config, self.normalize(batch.states), self.normalize(batch.next_states)
 
@@ -745,7 +856,7 @@ class SPOT(nn.Module):
 
     def compile_update(self, **options: Any) -> None:
         """With torch.compile's options."""
-        self.update = torch.compile(self.update, **options)
+        super().compile_update(**options)
         self.update_vae = torch.compile(self.update_vae, **options)
 
     def start_online(self) -> None:
@@ -917,7 +1028,8 @@ class Run:
     PROGRESS += ("train_episodes", "seconds", "peak_memory_mb")
     CARRIED = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")  # over the switch, to another run
     # What a resumed run may change, and what one from an offline checkpoint may not
-    RESUMABLE = {"resume", "device", "threads", "wandb", "checkpoint_frequency", "dataset", "online_iterations"}
+    RESUMABLE = {"resume", "device", "threads", "graphs", "wandb", "checkpoint_frequency", "dataset"}
+    RESUMABLE |= {"online_iterations"}
     SETTLED = {"offline_iterations", "hidden_dim", "q_n_hidden_layers", "critic_layer_norm", "iql_deterministic"}
     SETTLED |= {"normalize", "normalize_reward", "reward_scale", "reward_bias", "cql_alpha"}
 
@@ -940,6 +1052,7 @@ class Run:
         self.eval_env = Environment(config.env, ends_at_goal=False, **limit)
         torch.manual_seed(derive_seed(config.seed, "networks"))
         self.parts = self.build()  # what checkpoints hold
+        self.replay = Replay(self.device, config.graphs)
         self.dataset = self.buffer = self.wandb = None  # the ReplayBuffers before and after the switch; wandb's run
         self.step = self.episode = self.dataset_checksum = 0
         self.stop_signal = self.stop_time = self.save_wanted = 0  # what signals have asked for, and when
@@ -958,8 +1071,11 @@ class Run:
 
     def phases(self) -> list[tuple[str, int, Callable]]:
         """What comes before the switch: the phase's name, its number of updates, and update(dataset, step)."""
-        size = self.config.batch_size
-        return [("offline", self.config.offline_iterations, lambda data, step: self.agent.update(data.sample(size)))]
+        return [("offline", self.config.offline_iterations, lambda dataset, step: self.update(dataset))]
+
+    def update(self, buffer: ReplayBuffer, **told: bool) -> dict[str, torch.Tensor]:
+        """One update of the agent on rows drawn from a buffer."""
+        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(**told))
 
     @property
     def switch(self) -> int:
@@ -985,14 +1101,14 @@ class Run:
         """The update of online step `step`, counted from 1."""
         if step <= self.warmup() or not self.buffer.size:
             return {}
-        return self.agent.update(self.buffer.sample(self.config.batch_size))
+        return self.update(self.buffer)
 
     def end_step(self, step: int) -> None:
         """After an online step and its update."""
 
-    def remember(self, state, action, reward: float, next_state, terminated: bool, p: float = 0.0) -> None:
-        """Put an online transition into the buffer."""
-        self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
+    def remember(self, state, action, reward: float, next_state, terminated: bool) -> Batch:
+        """Put an online transition into the buffer; returns its row there."""
+        return self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated)
 
     def end_episode(self) -> None:
         """An online episode is over, by its own end or by the time limit."""
@@ -1088,7 +1204,7 @@ class Run:
 
     def make_buffer(self) -> None:
         """The online phase's: one free of offline data, or CORL's, the offline rows with room for online ones."""
-        keeps = self.keeps_offline_data()
+        keeps, self.replay = self.keeps_offline_data(), Replay(self.device, self.config.graphs)
         self.buffer, self.dataset = self.dataset if keeps else self.new_buffer(self.config.buffer_size), None
 
     def new_buffer(self, capacity: int) -> ReplayBuffer:
@@ -1301,19 +1417,19 @@ class SPOTRun(Run):
 
     def phases(self) -> list[tuple[str, int, Callable]]:
         config = self.config
-        vae = ("vae", config.vae_iterations, lambda data, step: self.agent.update_vae(data.sample(config.batch_size)))
-        return [vae, ("offline", config.offline_iterations, lambda data, step: self.update(data, step + 1))]
+        vae = ("vae", config.vae_iterations, lambda data, step: self.replay(self.agent.learn_vae_from, data))
+        return [vae, ("offline", config.offline_iterations, lambda data, step: self.update_number(step + 1, data))]
 
-    def update(self, rows: ReplayBuffer, number: int) -> dict[str, torch.Tensor]:
+    def update_number(self, number: int, rows: ReplayBuffer) -> dict[str, torch.Tensor]:
         """Update `number` of a phase, counted from 1."""
-        return self.agent.update(rows.sample(self.config.batch_size), number % self.config.policy_freq == 0)
+        return self.update(rows, moves_policy=number % self.config.policy_freq == 0)
 
     def update_online(self, step: int) -> dict[str, torch.Tensor]:
         updates = step - 1 - self.warmup()  # before this one
         if updates < 0 or not self.buffer.size:
             return {}
         self.agent.lambd.fill_(cooled_lambd(self.config, updates))
-        return self.update(self.buffer, updates + 1)
+        return self.update_number(updates + 1, self.buffer)
 
     def carried(self, state: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """All of it, if the policy's updates, which come after the VAE's, are done."""
@@ -1356,8 +1472,9 @@ def finetune_online(run: Run) -> None:
                 step, times = run.step - run.switch + 1, [time.perf_counter()]
                 action = agent.act(observation, deterministic=False)
                 times.append(time.perf_counter())
-                if config.overlap:  # a GPU works through it while the environment steps
+                if config.overlap:  # a GPU works through it, and copies the actor, while the environment steps
                     metrics = run.update_online(step)
+                    agent.live_arrays.fetch()
                 times.append(time.perf_counter())
                 next_observation, reward, terminated, truncated = env.step(action)
                 times.append(time.perf_counter())
@@ -1384,7 +1501,8 @@ def compiles(config: Any, device: str) -> bool:
         return False
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     torch._inductor.config.fallback_random = True  # the same draws as without compilation
-    torch._inductor.config.compile_threads = config.threads
+    if "cuda" not in device:  # there Triton compiles, in processes of its own
+        torch._inductor.config.compile_threads = config.threads
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
         return True
@@ -1413,6 +1531,7 @@ def train(run: Run) -> None:
         if compiled := compiles(config, run.device):
             run.agent.compile_update()
         how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"
+        how += ", updates replayed as CUDA graphs" if run.replay.stream else ""
         tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s), {how}")
         first = 0
         for phase, length, update in run.phases():

@@ -39,6 +39,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
@@ -74,6 +75,7 @@ class TrainConfig:
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     threads: int = 1  # CPU threads; more than one does not pay for networks of this size
     compile: str = "auto"  # torch.compile the updates: true, false, or auto: in runs of 20,000 updates and more
+    graphs: str = "auto"  # replay updates as CUDA graphs: true, false, or auto: on CUDA, if that works
     # --- Run
     runs_dir: str = "runs"  # the run's folder is <runs_dir>/<env>/<name>-seed<seed>
     name: str = ""  # empty: wsrl
@@ -158,8 +160,8 @@ def check_config(config: Any, **words: Any) -> None:
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
     config.env = config.env or (config.dataset if re.match("minari:|ogbench:", config.dataset) else "hopper-medium-v2")
-    config.compile = config.compile.lower()
-    words["compile"] = ("auto", "true", "false")
+    config.compile, config.graphs = config.compile.lower(), config.graphs.lower()
+    words["compile"] = words["graphs"] = ("auto", "true", "false")
     for name, value in asdict(config).items():
         if isinstance(value, str):
             if value not in words.get(name, (value,)):
@@ -505,6 +507,11 @@ class ReplayBuffer:
         self.widths = (obs_dim, act_dim, 1, obs_dim, 1, 1, 1)
         self.rows = torch.from_numpy(np.zeros((capacity, sum(self.widths)), np.float32)).to(device)
         self.kept = self.size = self.pointer = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=device)  # the size, for a graph to read anew
+
+    def resize(self, size: int) -> None:
+        self.size = size
+        self.count.fill_(size)
 
     def load(self, rows: np.ndarray) -> None:
         """Keep load_dataset's rows as the first ones; where there is room for no more, themselves, not a copy."""
@@ -512,14 +519,21 @@ class ReplayBuffer:
             self.rows = torch.from_numpy(rows).to(self.rows.device)
         else:
             self.rows[: len(rows)] = torch.from_numpy(rows)
-        self.kept = self.size = self.pointer = len(rows)
+        self.kept = self.pointer = len(rows)
+        self.resize(len(rows))
 
-    def add(self, state, action, reward: float, next_state, done: bool, p: float, extra: float = 0.0) -> None:
-        """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full."""
+    def add(self, state, action, reward: float, next_state, done: bool, p: float = 0.0, extra: float = 0.0) -> Batch:
+        """Append one transition (numpy arrays and numbers), over the oldest one if the ring is full; returns its row.
+
+        It goes up in one copy, which nothing waits for, and comes back as views, (1, ...), to be completed in place.
+        """
         row = np.concatenate((state, action, (reward,), next_state, (done, p, extra)), dtype=np.float32)
-        self.rows[self.pointer] = torch.from_numpy(row)
-        self.size = max(self.size, self.pointer + 1)
+        place, row = self.rows[self.pointer : self.pointer + 1], torch.from_numpy(row[None])
+        place.copy_(row.pin_memory() if place.is_cuda else row, non_blocking=True)
+        if self.pointer == self.size:
+            self.resize(self.size + 1)
         self.pointer = self.pointer + 1 if self.pointer + 1 < len(self.rows) else self.kept
+        return self.batch(place)
 
     def batch(self, rows: torch.Tensor) -> Batch:
         """Split packed rows (n, width) into a Batch of views."""
@@ -528,7 +542,11 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int) -> Batch:
         """Rows drawn uniformly with replacement."""
-        return self.batch(self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)])
+        if self.rows.is_cuda:
+            index = torch.randint(2**62, (batch_size,), device=self.rows.device) % self.count
+        else:
+            index = torch.randint(self.size, (batch_size,))
+        return self.batch(self.rows[index])
 
     def stored(self) -> Batch:
         """All rows, as views, so that p can be rewritten in place."""
@@ -549,7 +567,8 @@ class ReplayBuffer:
         places = range(self.kept, size) if size == len(self.rows) else (size, self.kept)
         if rows.shape[1:] != self.rows.shape[1:] or size > len(self.rows) or pointer not in places:
             raise ValueError(f"a buffer of {tuple(rows.shape)} with its pointer at {pointer} does not fit")
-        self.size, self.pointer = size, pointer if size == len(self.rows) else size
+        self.pointer = pointer if size == len(self.rows) else size
+        self.resize(size)
         self.rows[self.kept : self.size] = rows.to(self.rows.device)
 
 
@@ -563,18 +582,39 @@ def mlp(*sizes: int, layer_norm: bool = False) -> nn.Sequential:
 
 
 class LiveArrays:
-    """Tensors of an agent as numpy arrays of the same memory, on a GPU as copies: for a single row torch is slow."""
+    """Tensors of an agent as numpy arrays, as for a single row torch is slow; on a CPU of the same memory.
+
+    On a GPU they are copies, made all in one after `stale` was set: by an update or a load, the only ones that may
+    change what is copied.
+    """
 
     def __init__(self, agent: nn.Module, network: str, *names: str) -> None:
         layers = [name for name, _ in agent.named_parameters() if name.startswith(network)]
         self.agent, self.names, self.address, self.arrays = agent, (*names, *layers), 0, []
+        self.stale, self.copied = True, None  # an event behind the copy that is under way
+        agent.register_load_state_dict_post_hook(lambda agent, _: setattr(agent.live_arrays, "stale", True))
+
+    def fetch(self) -> None:
+        """Begin to copy what has changed; a GPU does so behind its update, and nothing here waits for it."""
+        first = self.agent.obs_mean
+        if first.data_ptr() != self.address:  # the agent has changed its place or type
+            tensors = self.agent.state_dict()
+            self.tensors = host = [tensors[name] for name in self.names]
+            if first.is_cuda:
+                self.flat = torch.empty(sum(t.numel() for t in host), dtype=first.dtype, pin_memory=True)
+                parts = self.flat.split([t.numel() for t in host])
+                host = [part.view(t.shape) for part, t in zip(parts, host)]
+            self.address, self.arrays, self.stale = first.data_ptr(), [t.numpy() for t in host], True
+        if self.stale and first.is_cuda:
+            self.flat.copy_(torch.cat([t.flatten() for t in self.tensors]), non_blocking=True)
+            self.copied, self.stale = torch.cuda.current_stream(first.device).record_event(), False
 
     def __call__(self) -> list[np.ndarray]:
         """Those of these names, then weight and bias of each layer of mlp()'s network."""
-        first = self.agent.obs_mean
-        if first.is_cuda or first.data_ptr() != self.address:  # the agent has changed its place or type
-            tensors = self.agent.state_dict()
-            self.address, self.arrays = first.data_ptr(), [tensors[name].cpu().numpy() for name in self.names]
+        self.fetch()
+        if self.copied:
+            self.copied.synchronize()
+            self.copied = None
         return self.arrays
 
 
@@ -703,8 +743,76 @@ def conservative_gap(q: torch.Tensor, log_density: torch.Tensor, config: Any) ->
     return (soft_maximum - q[:, :, 0]).clamp(config.cql_clip_diff_min, config.cql_clip_diff_max).mean(1)
 
 
+# --- What every agent has
+class Agent(nn.Module):
+    """Beside this an agent has `config`, `optimizers`, `live_arrays`, act(), and learn(batch, *flags): one update.
+
+    The flags say which operations the update has, so that it can be compiled and recorded (Replay).
+    """
+
+    def begin(self, **told: bool) -> tuple[bool, ...]:
+        """The host's part of an update; what it is told becomes the flags that learn() takes."""
+        self.live_arrays.stale = True
+        return tuple(told.values())
+
+    def update(self, batch: Batch, **told: bool) -> dict[str, torch.Tensor]:
+        """Returns METRICS, on the device."""
+        return self.learn(batch, *self.begin(**told))
+
+    def learn_from(self, buffer: ReplayBuffer, *flags: bool) -> dict[str, torch.Tensor]:
+        return self.learn(buffer.sample(self.config.batch_size), *flags)
+
+    def compile_update(self, **options: Any) -> None:
+        """With torch.compile's options."""
+        self.learn = torch.compile(self.learn, **options)
+
+    def normalize(self, states: torch.Tensor) -> torch.Tensor:
+        return (states - self.obs_mean) / self.obs_std
+
+
+class Replay:
+    """Calls functions; on CUDA as graphs: one launch in the place of hundreds, which take longer than the work itself.
+
+    Each function with its arguments, which are buffers and flags, is called three times, then recorded, then replayed:
+    on the same memory, so that a result holds until the next call. What changes from call to call must be a tensor.
+    """
+
+    def __init__(self, device: str, graphs: str) -> None:
+        """`graphs`: auto, true or false, as the field."""
+        if graphs == "true" and "cuda" not in device:
+            fail(f"graphs: true needs CUDA, this run is on {device}; --graphs auto does without")
+        self.must, self.calls, self.recorded = graphs == "true", Counter(), {}
+        self.stream = torch.cuda.Stream(device) if "cuda" in device and graphs != "false" else None
+
+    def __call__(self, function: Callable, *args: Any) -> dict[str, torch.Tensor]:
+        if self.stream is None:
+            return function(*args)
+        usual, key = torch.cuda.current_stream(self.stream.device), (function, *args)
+        self.calls[key] += 1
+        if self.calls[key] <= 3:  # on a stream of its own, as PyTorch asks for
+            self.stream.wait_stream(usual)
+            with torch.cuda.stream(self.stream):
+                result = function(*args)
+            usual.wait_stream(self.stream)
+            return result
+        if key not in self.recorded:
+            try:
+                with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), stream=self.stream):  # carries nothing out
+                    self.recorded[key] = graph, function(*args)
+            except Exception as error:
+                why = f"{function.__qualname__} cannot be recorded as a CUDA graph: {reason(error)}"
+                if self.must:
+                    fail(f"{why}; --graphs auto does without")
+                tqdm.write(f"{why}; what follows runs without")
+                self.stream = None
+                return function(*args)
+        graph, result = self.recorded[key]
+        graph.replay()
+        return result
+
+
 # --- WSRL
-class WSRL(nn.Module):
+class WSRL(Agent):
     """Ten critics and a policy: by CQL or Cal-QL offline (Kumar et al., 2020; Nakamoto et al., 2023), by SAC online."""
 
     ALGORITHM = "wsrl"
@@ -735,9 +843,6 @@ class WSRL(nn.Module):
         self.optimizers["alpha"] = adam([self.raw_alpha], lr=config.alpha_lr)
         self.optimizers["alpha_prime"] = adam([self.raw_alpha_prime], lr=config.qf_lr)
 
-    def normalize(self, states: torch.Tensor) -> torch.Tensor:
-        return (states - self.obs_mean) / self.obs_std
-
     def to_unit(self, actions: torch.Tensor) -> torch.Tensor:
         """From the environment's bounds to -1 and 1, and a little inside, where the policy's lie, too."""
         middle, half = (self.action_low + self.action_high) / 2, (self.action_high - self.action_low) / 2
@@ -759,17 +864,17 @@ class WSRL(nn.Module):
         """M: indices of `subset` different critics, the same for all rows of an update."""
         return torch.rand(self.config.ensemble, device=self.obs_mean.device).topk(self.config.subset).indices
 
-    def update(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Offline: one step of critics, policy and temperature, each from the same old parameters."""
-        return self.learn_offline(batch)
-
     def update_online(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One update of the critics on each `batch_size` rows in turn, then one of the policy on all of them."""
         for rows in zip(*(column.split(self.config.batch_size) for column in batch)):
             metrics = self.learn_critics(Batch(*rows))
         return metrics | self.learn_policy(batch)
 
-    def learn_offline(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def learn_online_from(self, buffer: ReplayBuffer) -> dict[str, torch.Tensor]:
+        return self.update_online(buffer.sample(self.config.utd * self.config.batch_size))
+
+    def learn(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Offline: one step of critics, policy and temperature, each from the same old parameters."""
         config, k, act_dim = self.config, self.config.cql_n_actions, batch.actions.shape[1]
         states, actions = self.normalize(batch.states), self.to_unit(batch.actions)
         policy = self.actor(states)
@@ -858,7 +963,7 @@ class WSRL(nn.Module):
 
     def compile_update(self, **options: Any) -> None:
         """With torch.compile's options."""
-        for name in ("learn_offline", "learn_critics", "learn_policy"):
+        for name in ("learn", "learn_critics", "learn_policy"):
             setattr(self, name, torch.compile(getattr(self, name), **options))
 
 
@@ -1019,7 +1124,8 @@ class Run:
     PROGRESS += ("train_episodes", "seconds", "peak_memory_mb")
     CARRIED = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")  # over the switch, to another run
     # What a resumed run may change, and what one from an offline checkpoint may not
-    RESUMABLE = {"resume", "device", "threads", "wandb", "checkpoint_frequency", "dataset", "online_iterations"}
+    RESUMABLE = {"resume", "device", "threads", "graphs", "wandb", "checkpoint_frequency", "dataset"}
+    RESUMABLE |= {"online_iterations"}
     SETTLED = {"offline_iterations", "hidden_dim", "q_n_hidden_layers", "critic_layer_norm", "iql_deterministic"}
     SETTLED |= {"normalize", "normalize_reward", "reward_scale", "reward_bias", "cql_alpha"}
 
@@ -1042,6 +1148,7 @@ class Run:
         self.eval_env = Environment(config.env, ends_at_goal=False, **limit)
         torch.manual_seed(derive_seed(config.seed, "networks"))
         self.parts = self.build()  # what checkpoints hold
+        self.replay = Replay(self.device, config.graphs)
         self.dataset = self.buffer = self.wandb = None  # the ReplayBuffers before and after the switch; wandb's run
         self.step = self.episode = self.dataset_checksum = 0
         self.stop_signal = self.stop_time = self.save_wanted = 0  # what signals have asked for, and when
@@ -1060,8 +1167,11 @@ class Run:
 
     def phases(self) -> list[tuple[str, int, Callable]]:
         """What comes before the switch: the phase's name, its number of updates, and update(dataset, step)."""
-        size = self.config.batch_size
-        return [("offline", self.config.offline_iterations, lambda data, step: self.agent.update(data.sample(size)))]
+        return [("offline", self.config.offline_iterations, lambda dataset, step: self.update(dataset))]
+
+    def update(self, buffer: ReplayBuffer, **told: bool) -> dict[str, torch.Tensor]:
+        """One update of the agent on rows drawn from a buffer."""
+        return self.replay(self.agent.learn_from, buffer, *self.agent.begin(**told))
 
     @property
     def switch(self) -> int:
@@ -1087,14 +1197,14 @@ class Run:
         """The update of online step `step`, counted from 1."""
         if step <= self.warmup() or not self.buffer.size:
             return {}
-        return self.agent.update(self.buffer.sample(self.config.batch_size))
+        return self.update(self.buffer)
 
     def end_step(self, step: int) -> None:
         """After an online step and its update."""
 
-    def remember(self, state, action, reward: float, next_state, terminated: bool, p: float = 0.0) -> None:
-        """Put an online transition into the buffer."""
-        self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated, p)
+    def remember(self, state, action, reward: float, next_state, terminated: bool) -> Batch:
+        """Put an online transition into the buffer; returns its row there."""
+        return self.buffer.add(state, action, self.reward_scale * reward + self.reward_bias, next_state, terminated)
 
     def end_episode(self) -> None:
         """An online episode is over, by its own end or by the time limit."""
@@ -1190,7 +1300,7 @@ class Run:
 
     def make_buffer(self) -> None:
         """The online phase's: one free of offline data, or CORL's, the offline rows with room for online ones."""
-        keeps = self.keeps_offline_data()
+        keeps, self.replay = self.keeps_offline_data(), Replay(self.device, self.config.graphs)
         self.buffer, self.dataset = self.dataset if keeps else self.new_buffer(self.config.buffer_size), None
 
     def new_buffer(self, capacity: int) -> ReplayBuffer:
@@ -1454,7 +1564,8 @@ class WSRLRun(Run):
     def update_online(self, step: int) -> dict[str, torch.Tensor]:
         if step <= self.warmup() or not self.buffer.size:
             return {}
-        return self.agent.update_online(self.buffer.sample(self.config.utd * self.config.batch_size))
+        self.agent.begin()
+        return self.replay(self.agent.learn_online_from, self.buffer)
 
 
 # --- Training loop
@@ -1490,8 +1601,9 @@ def finetune_online(run: Run) -> None:
                 step, times = run.step - run.switch + 1, [time.perf_counter()]
                 action = agent.act(observation, deterministic=False)
                 times.append(time.perf_counter())
-                if config.overlap:  # a GPU works through it while the environment steps
+                if config.overlap:  # a GPU works through it, and copies the actor, while the environment steps
                     metrics = run.update_online(step)
+                    agent.live_arrays.fetch()
                 times.append(time.perf_counter())
                 next_observation, reward, terminated, truncated = env.step(action)
                 times.append(time.perf_counter())
@@ -1518,7 +1630,8 @@ def compiles(config: Any, device: str) -> bool:
         return False
     torch._dynamo.config.trace_autograd_ops = True  # the gradients belong to the graph
     torch._inductor.config.fallback_random = True  # the same draws as without compilation
-    torch._inductor.config.compile_threads = config.threads
+    if "cuda" not in device:  # there Triton compiles, in processes of its own
+        torch._inductor.config.compile_threads = config.threads
     try:
         torch.compile(torch.sin)(torch.ones(8, device=device))
         return True
@@ -1547,6 +1660,7 @@ def train(run: Run) -> None:
         if compiled := compiles(config, run.device):
             run.agent.compile_update()
         how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"
+        how += ", updates replayed as CUDA graphs" if run.replay.stream else ""
         tqdm.write(f"{run.folder}: {algorithm.ALGORITHM} on {run.device}, {config.threads} CPU thread(s), {how}")
         first = 0
         for phase, length, update in run.phases():

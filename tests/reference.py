@@ -139,7 +139,7 @@ def after_updates(agent, batch, guided, guidance=1.0):
     agent, batch = agent.float(), single(batch)
     agent.guidance_weight.fill_(guidance)
     torch.manual_seed(5)
-    losses = [agent.update(batch, guided)["critic_loss"] for _ in range(3)]
+    losses = [agent.update(batch, guided=guided)["critic_loss"] for _ in range(3)]
     adam_states = [state for optimizer in agent.optimizers.values() for state in optimizer.state.values()]
     kept = {name: value for name, value in agent.state_dict().items() if name != "guidance_weight"}
     return [*losses, *kept.values(), *(value for state in adam_states for value in state.values())]

@@ -229,7 +229,7 @@ def check_two_updates(agent, batch, case, calibrated=False):
     values, memory = values_of(agent), {}
     for step in (1, 2):
         noise = draws(agent.config, step)
-        metrics = {name: value.item() for name, value in agent.update(batch, guided).items()}
+        metrics = {name: value.item() for name, value in agent.update(batch, guided=guided).items()}
         if calibrated:
             metrics.pop("bound_rate")
         expected, gradients, penalty = reference_update(
@@ -252,7 +252,7 @@ def check_no_synchronisation(module, name):
     agent.update(batch, guided=True)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        metrics = [agent.update(batch, guided) for guided in (True, False)]
+        metrics = [agent.update(batch, guided=guided) for guided in (True, False)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(value.isfinite() for row in metrics for value in row.values())

@@ -101,7 +101,7 @@ def test_two_updates_equal_the_formulas_in_numpy(awac, noise, p, dones, guided, 
     agent.guidance_weight.fill_(guidance)
     values, memory = values_of(agent), {}
     for step in (1, 2):
-        metrics = agent.update(batch, guided)
+        metrics = agent.update(batch, guided=guided)
         expected, gradients, weights = reference_update(values, memory, step, batch, noise, agent.config, guided)
         assert weights.min() < 1.5 == weights.max()
         assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-10, abs=1e-12)

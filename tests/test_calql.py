@@ -32,7 +32,7 @@ def test_two_updates_equal_the_formulas_in_numpy(calql, variant, case):
 def first_gradients(module, name, extra, p=0.0, guided=False):
     agent = make_agent(module, name, cql_alpha=3.0)
     torch.manual_seed(0)
-    metrics = agent.update(make_batch(module, p, extra=extra), guided)
+    metrics = agent.update(make_batch(module, p, extra=extra), guided=guided)
     return metrics, [parameter.grad for parameter in agent.parameters() if parameter.grad is not None]
 
 

@@ -35,7 +35,7 @@ def test_compiled_update_equals_the_eager_one(algorithm, agent):
         results = []
         for one in (agent, compiled):
             torch.manual_seed(step)
-            results.append(one.update(batch, guided))
+            results.append(one.update(batch, guided=guided))
         assert results[0].keys() == results[1].keys()
         for name, value in results[0].items():
             torch.testing.assert_close(results[1][name], value, rtol=1e-11, atol=1e-11, msg=name)

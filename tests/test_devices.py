@@ -141,7 +141,7 @@ def test_an_online_step_waits_for_the_actor_alone(files, tmp_path):
         run.remember(STATE, ACTION, 1.0, STATE, False)
         run.agent.act(STATE, deterministic=False)
         assert not mode.waits  # nothing has changed the actor
-        run.update(run.buffer, True)
+        run.update(run.buffer, guided=True)
         run.agent.live_arrays.fetch()
         assert not mode.waits
         run.agent.act(STATE, deterministic=False)

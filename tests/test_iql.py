@@ -139,7 +139,7 @@ def test_two_updates_equal_the_formulas_in_numpy(iql, p, dones, guided, guidance
     agent.guidance_weight.fill_(guidance)
     values, memory = values_of(agent), {}
     for step in (1, 2):
-        metrics = agent.update(batch, guided)
+        metrics = agent.update(batch, guided=guided)
         actor_lr = metrics["actor_lr"].item()  # float32 arithmetic; its own test is below
         assert actor_lr == pytest.approx(0.005 * (1 + np.cos(np.pi * (step - 1) / 6)), rel=1e-6)
         arguments = (values, memory, step, batch, agent.config, guided, actor_lr)

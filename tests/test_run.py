@@ -603,7 +603,8 @@ def test_update_on_the_gpu_equals_that_on_the_cpu(awac, monkeypatch):
         for optimizer in agent.optimizers.values():
             optimizer.param_groups[0] |= {"lr": 10.0, "eps": 1e3}
     batch = awac.Batch(*(torch.rand(shape) for shape in ((64, 11), (64, 3), (64,), (64, 11), (64,), (64,), (64,))))
-    results = on_cpu.update(batch, True), on_gpu.update(awac.Batch(*(column.cuda() for column in batch)), True)
+    there = awac.Batch(*(column.cuda() for column in batch))
+    results = on_cpu.update(batch, guided=True), on_gpu.update(there, guided=True)
     for name, value in results[0].items():
         assert results[1][name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
     for name, value in on_cpu.state_dict().items():

@@ -172,7 +172,7 @@ def test_updates_equal_the_formulas_in_numpy(spot, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", lambda like: torch.from_numpy(noises[like.shape[1]]))
     values, memory, actor_step = values_of(agent), {}, 0
     for step, moves_policy in enumerate((False, True, False, True), start=1):
-        metrics = agent.update(batch, moves_policy)
+        metrics = agent.update(batch, moves_policy=moves_policy)
         s, a, r, s_next, d, *_ = (column.numpy() for column in batch)
         s, s_next = normalized(values, s, s_next)
         a_next = np.tanh(forward(values, "target_actor.layers", s_next)[-1])

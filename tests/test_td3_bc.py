@@ -161,7 +161,7 @@ def test_updates_equal_the_formulas_in_numpy(td3_bc, monkeypatch, layer_norm):
     monkeypatch.setattr(torch, "randn_like", lambda like: torch.from_numpy(noise))
     values, memory, steps = values_of(agent), {}, {"critic": 0, "actor": 0}
     for moves_policy in (False, True, False, True):
-        metrics = agent.update(batch, moves_policy)
+        metrics = agent.update(batch, moves_policy=moves_policy)
         expected = reference_update(values, memory, steps, batch, noise, agent.config, moves_policy)
         assert {name: metrics[name].item() for name in expected} == pytest.approx(expected, rel=1e-10)
         assert ("actor_loss" in metrics) == moves_policy

@@ -243,7 +243,7 @@ def graphs_update(case: Case, guided: bool) -> Callable:
     case.module.compiles(make_config(case.module, case.args, compile="true"), case.args.device)
     agent.compile_update()
     replay = case.module.Replay(case.args.device, "auto")
-    return lambda: replay(agent.learn_from, buffer, *agent.begin(guided))
+    return lambda: replay(agent.learn_from, buffer, *agent.begin(guided=guided))
 
 
 # A variant makes, from a case and whether it is guided, a function that samples a batch and makes one update.
