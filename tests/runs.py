@@ -31,8 +31,15 @@ TINY = {
 
 # For files without guidance: not a field of a coefficient
 PLAIN = {
-    **{"hidden_dim": 32, "batch_size": 32, "offline_iterations": 200, "online_iterations": 500, "device": "cpu"},
-    **{"eval_frequency": 200, "log_frequency": 20, "checkpoint_frequency": 50, "n_test_episodes": 2},
+    "hidden_dim": 32,
+    "batch_size": 32,
+    "offline_iterations": 200,
+    "online_iterations": 500,
+    "device": "cpu",
+    "eval_frequency": 200,
+    "log_frequency": 20,
+    "checkpoint_frequency": 50,
+    "n_test_episodes": 2,
 }
 
 

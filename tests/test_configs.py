@@ -106,10 +106,24 @@ OURS = {
 
 # TD3+BC and SPOT: CORL's values, on SPOT's locomotion its authors'; online phases: docs/td3_bc.md and docs/spot.md
 TD3 = {
-    **{"offline_iterations": 1_000_000, "online_iterations": 200_000, "batch_size": 256, "hidden_dim": 256},
-    **{"critic_lr": 3e-4, "discount": 0.99, "tau": 0.005, "policy_noise": 0.2, "noise_clip": 0.5, "policy_freq": 2},
-    **{"critic_layer_norm": False, "normalize": True, "normalize_reward": False, "expl_noise": 0.1},
-    **{"eval_frequency": 5_000, "n_test_episodes": 10, "reward_scale": 1.0, "reward_bias": 0.0},
+    "offline_iterations": 1_000_000,
+    "online_iterations": 200_000,
+    "batch_size": 256,
+    "hidden_dim": 256,
+    "critic_lr": 3e-4,
+    "discount": 0.99,
+    "tau": 0.005,
+    "policy_noise": 0.2,
+    "noise_clip": 0.5,
+    "policy_freq": 2,
+    "critic_layer_norm": False,
+    "normalize": True,
+    "normalize_reward": False,
+    "expl_noise": 0.1,
+    "eval_frequency": 5_000,
+    "n_test_episodes": 10,
+    "reward_scale": 1.0,
+    "reward_bias": 0.0,
 }
 SPOT = {
     "vae_iterations": 100_000,

@@ -9,10 +9,26 @@ from runs import assert_same_run, only_folder, rows
 cuda = load_module("tools/diagnostics/pretended_cuda.py")
 ENV = "Hopper-v4"
 SIZES = {
-    **{"env": ENV, "hidden_dim": 8, "vae_hidden_dim": 8, "fit_hidden_dim": 8, "batch_size": 16, "compile": "false"},
-    **{"offline_iterations": 12, "vae_iterations": 12, "fit_iterations": 12, "online_iterations": 60},
-    **{"warmup_steps": 20, "buffer_size": 50, "coefficient_frequency": 30, "eval_frequency": 40, "n_test_episodes": 1},
-    **{"log_frequency": 5, "checkpoint_frequency": 5, "adapt_iterations": 2, "mastered_share": 0.5, "threads": 1},
+    "env": ENV,
+    "hidden_dim": 8,
+    "vae_hidden_dim": 8,
+    "fit_hidden_dim": 8,
+    "batch_size": 16,
+    "compile": "false",
+    "offline_iterations": 12,
+    "vae_iterations": 12,
+    "fit_iterations": 12,
+    "online_iterations": 60,
+    "warmup_steps": 20,
+    "buffer_size": 50,
+    "coefficient_frequency": 30,
+    "eval_frequency": 40,
+    "n_test_episodes": 1,
+    "log_frequency": 5,
+    "checkpoint_frequency": 5,
+    "adapt_iterations": 2,
+    "mastered_share": 0.5,
+    "threads": 1,
 }
 KINDS = {"awac": ("AWAC", "GuidedRun"), "iql": ("IQL", "IQLRun"), "cql": ("CQL", "GuidedRun")}
 KINDS |= {"calql": ("CalQL", "CalQLRun")}

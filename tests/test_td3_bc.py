@@ -172,7 +172,7 @@ def test_updates_equal_the_formulas_in_numpy(td3_bc, monkeypatch, layer_norm):
 def test_the_actor_and_all_targets_move_at_updates_2_and_4_only(td3_bc):
     agent, moved = make_agent(td3_bc), []
     run = td3_bc.TD3BCRun.__new__(td3_bc.TD3BCRun)
-    run.agent, run.config = agent, td3_bc.TrainConfig()
+    run.agent, run.config, run.replay = agent, td3_bc.TrainConfig(), td3_bc.Replay("cpu", "auto")
     buffer = td3_bc.ReplayBuffer(50, ENV.obs_dim, ENV.act_dim, "cpu")
     buffer.load(np.random.default_rng(0).random((50, buffer.rows.shape[1])).astype(np.float32))
     agent.float()

@@ -18,9 +18,20 @@ from runs import assert_equal, check_resumes, checkpoint, numbers, only_folder, 
 SCRIPT = ROOT / "algorithms" / "wsrl.py"
 SIZES = {"hidden_dim": 8, "cql_n_actions": 3, "batch_size": ROWS, "policy_lr": 0.01, "alpha_lr": 0.01, "qf_lr": 0.02}
 TINY = {
-    **{"hidden_dim": 16, "batch_size": 16, "warmup_steps": 41, "buffer_size": 300, "env": "Hopper-v4"},
-    **{"offline_iterations": 60, "online_iterations": 120, "eval_frequency": 60, "log_frequency": 10},
-    **{"checkpoint_frequency": 15, "n_test_episodes": 1, "device": "cpu", "cql_n_actions": 2, "ensemble": 3},
+    "hidden_dim": 16,
+    "batch_size": 16,
+    "warmup_steps": 41,
+    "buffer_size": 300,
+    "env": "Hopper-v4",
+    "offline_iterations": 60,
+    "online_iterations": 120,
+    "eval_frequency": 60,
+    "log_frequency": 10,
+    "checkpoint_frequency": 15,
+    "n_test_episodes": 1,
+    "device": "cpu",
+    "cql_n_actions": 2,
+    "ensemble": 3,
 }
 ANTMAZE = {"calibrate": True, "cql_lagrange": True, "online_max_target_backup": True, "log_std": "parameter"}
 
@@ -401,7 +412,12 @@ def test_the_temperature_falls_while_the_entropy_is_above_minus_the_number_of_ac
 def test_updates_of_200_000_steps(wsrl):
     calls, run = [], object.__new__(wsrl.WSRLRun)
     run.config = wsrl.TrainConfig()
-    run.agent = SimpleNamespace(update_online=lambda n: calls.append((step, n)) or {})
+    agent = run.agent = SimpleNamespace(config=run.config, begin=lambda: None)
+    agent.update_online = lambda n: calls.append((step, n)) or {}
+    agent.learn_online_from, run.replay = (
+        functools.partial(wsrl.WSRL.learn_online_from, agent),
+        wsrl.Replay("cpu", "auto"),
+    )
     run.buffer = SimpleNamespace(size=1, sample=lambda n: n)
     for step in range(1, run.config.online_iterations + 1):
         run.update_online(step)
@@ -474,11 +490,27 @@ def test_guidance_is_no_field(wsrl, tmp_path):
 
 
 COMMON = {
-    **{"ensemble": 10, "subset": 2, "utd": 4, "batch_size": 256, "warmup_steps": 5000, "policy_lr": 1e-4},
-    **{"qf_lr": 3e-4, "alpha_lr": 1e-4, "cql_n_actions": 10, "cql_importance_sample": True, "discount": 0.99},
-    **{"cql_max_target_backup": True, "normalize": False, "policy_q": "min", "soft_target_update_rate": 0.005},
-    **{"offline_iterations": 1_000_000, "online_iterations": 200_000, "normalize_reward": False, "cql_temp": 1.0},
-    **{"cql_clip_diff_min": -math.inf, "cql_clip_diff_max": math.inf},
+    "ensemble": 10,
+    "subset": 2,
+    "utd": 4,
+    "batch_size": 256,
+    "warmup_steps": 5000,
+    "policy_lr": 1e-4,
+    "qf_lr": 3e-4,
+    "alpha_lr": 1e-4,
+    "cql_n_actions": 10,
+    "cql_importance_sample": True,
+    "discount": 0.99,
+    "cql_max_target_backup": True,
+    "normalize": False,
+    "policy_q": "min",
+    "soft_target_update_rate": 0.005,
+    "offline_iterations": 1_000_000,
+    "online_iterations": 200_000,
+    "normalize_reward": False,
+    "cql_temp": 1.0,
+    "cql_clip_diff_min": -math.inf,
+    "cql_clip_diff_max": math.inf,
 }
 FAMILIES = {  # WSRL's values
     "antmaze": {"q_n_hidden_layers": 4, "hidden_dim": 256, "log_std": "parameter", "calibrate": True}
