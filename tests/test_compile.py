@@ -8,7 +8,7 @@ import torch
 from reference import ENV, MIXED_P, make_batch, scattered_agent
 from runs import TINY, check_resumes
 
-CLASSES = {"awac": "AWAC", "iql": "IQL", "cql": "CQL", "calql": "CalQL", "td3_bc": "TD3BC", "spot": "SPOT"}
+CLASSES = {"awac": "AWAC", "iql": "IQL", "cql": "CQL", "calql": "CalQL", "td3_bc": "TD3BC", "spot": "SPOT", "wsrl": "WSRL"}
 OBSERVATION = np.array([0.5, 0.25, -2.0])
 
 

@@ -132,9 +132,9 @@ def test_an_update_waits_for_nothing(files, guided, tmp_path):
         with cuda.pretended() as mode:
             run = make_run(files, "cuda", tmp_path, graphs="false", **options)
             start_online(run)
-            run.update(run.buffer, guided)
+            run.update(run.buffer, guided=guided)
             mode.waits.clear()
-            metrics = run.update(run.buffer, guided)
+            metrics = run.update(run.buffer, guided=guided)
             assert not mode.waits and all(value.is_cuda for value in metrics.values())
 
 

@@ -132,7 +132,7 @@ def variants(name: str, args: argparse.Namespace, double: bool = False) -> Itera
         replay = replay_of(module, args) if variant in ("graph", "both") else lambda function, *rest: function(*rest)
 
         def update(guided: bool, agent: Any = agent, buffer: Any = buffer, replay: Callable = replay) -> dict:
-            return replay(agent.learn_from, buffer, *agent.begin(guided))
+            return replay(agent.learn_from, buffer, *agent.begin(guided=guided))
 
         yield variant, agent, update
 

@@ -28,6 +28,7 @@ ALGORITHMS = {
     "calql": ("cal_ql", "is_sparse_reward"),
     "td3_bc": ("td3_bc", "bc_decay"),
     "spot": ("spot", "lambd"),
+    "wsrl": ("wsrl", "utd"),
 }
 # Fields that do not change what a run computes, apart from its seed.
 BOOKKEEPING = {
