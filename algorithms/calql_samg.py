@@ -40,7 +40,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -167,7 +167,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         arm = "-samg" + ("" if self.coefficient == "vae" else f"-{self.coefficient}")
         self.name = self.name or "calql" + (arm if self.samg else "" if self.keep_offline_data else "-no-offline-data")
-        check_config(self)
+        check_guided_config(self)
         check_cql(self)
         if self.is_sparse_reward and self.discount == 1:
             raise ValueError("is_sparse_reward needs a discount below 1: the return of failing for ever is infinite")
@@ -181,13 +181,23 @@ def check_cql(config: Any) -> None:
         raise ValueError("cql_clip_diff_min must not be above cql_clip_diff_max")
 
 
-def check_config(config: Any) -> None:
-    """Name the environment where none is given; raise ValueError for a value that no run can use."""
+def check_guided_config(config: Any) -> None:
+    """check_config, and its part for the fields of guidance."""
+    check_config(config, coefficient=COEFFICIENTS, vae_tail=("mean", "joint"))
+    if config.guidance_fade and not config.guidance_steps:
+        raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
+
+
+def check_config(config: Any, **words: Iterable[str]) -> None:
+    """Name the environment where none is given; raise ValueError for a value that no run can use.
+
+    `words` has what a text field may hold, by its name.
+    """
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
     config.env = config.env or (config.dataset if re.match("minari:|ogbench:", config.dataset) else "hopper-medium-v2")
     config.compile = config.compile.lower()
-    words = {"coefficient": COEFFICIENTS, "vae_tail": ("mean", "joint"), "compile": ("auto", "true", "false")}
+    words["compile"] = ("auto", "true", "false")
     for name, value in asdict(config).items():
         if isinstance(value, str):
             if value not in words.get(name, (value,)):
@@ -200,8 +210,6 @@ def check_config(config: Any) -> None:
             if not low <= value <= high or value == math.inf:
                 bound = f"at most {high}" if value > high else f"finite and at least {low}"
                 raise ValueError(f"{name} must be {bound}, it is {value}")
-    if config.guidance_fade and not config.guidance_steps:
-        raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
     if not 2 <= config.batch_size <= config.buffer_size:
         raise ValueError(f"batch_size {config.batch_size} must lie between 2 and buffer_size {config.buffer_size}")
     if "/" in config.name:
@@ -297,7 +305,7 @@ def seed_global_streams(seed: int) -> None:
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
     """The 32-bit seed of one use of randomness, so that no phase depends on what ran before it."""
-    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation")
+    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation", "vae", "generation")
     return int(np.random.SeedSequence((seed, streams.index(stream), index)).generate_state(1)[0])
 
 
@@ -689,10 +697,10 @@ class TwinCritic(nn.Module):
 
 
 def q_values(critic: nn.Module, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of k actions for each state, (2, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
+    """Q of k actions for each state, (critics, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
     n, k, act_dim = actions.shape
     assert len(states) == n, (states.shape, actions.shape)
-    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(2, n, k)
+    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(-1, n, k)
 
 
 def conservative_gap(q: torch.Tensor, log_density: torch.Tensor, config: Any) -> torch.Tensor:
@@ -1909,6 +1917,19 @@ def returns_to_go(rewards, ends, discount: float, failure: float | None) -> np.n
     return returns
 
 
+def find_failing_reward(rewards: np.ndarray, env: Environment, scale: float, bias: float) -> float:
+    """The lower of the two (scaled) rewards, (n,), that a sparse task pays; where the data hold one, the task's own."""
+    values = np.unique(rewards).tolist()
+    if len(values) > 2 or (len(values) == 1 and env.scoring != "success"):
+        found = f"{len(values)} rewards, from {values[0]:g} to {values[-1]:g} (scaled)"
+        fail(f"is_sparse_reward needs data of two rewards, of failing and of success, not {found}: set it false")
+    return values[0] if values[1:] else failing_reward_of_task(env, scale, bias)
+
+
+def failing_reward_of_task(env: Environment, scale: float, bias: float) -> float:
+    return scale * (-1.0 if re.match(".*-binary-|ogbench:", env.name) else 0.0) + bias
+
+
 class MixingBuffer(ReplayBuffer):
     """CORL's Cal-QL: a share of each online batch comes from the offline rows, the rest from the online ones."""
 
@@ -1938,19 +1959,10 @@ class CalQLRun(GuidedRun):
         super().__init__(config, algorithm)
         self.episode_rewards: list[float] = []  # of the open episode; there is none where a run is saved
 
-    def find_failing_reward(self, rewards: np.ndarray) -> float:
-        """The lower of the two rewards, (n,), that a sparse task pays; where the data hold but one, the task's own."""
-        values = np.unique(rewards).tolist()
-        if len(values) > 2 or (len(values) == 1 and self.env.scoring != "success"):
-            found = f"{len(values)} rewards, from {values[0]:g} to {values[-1]:g} (scaled)"
-            fail(f"is_sparse_reward needs data of two rewards, of failing and of success, not {found}: set it false")
-        return values[0] if values[1:] else self.failure_of_task()
-
-    def failure_of_task(self) -> float:
-        return self.reward_scale * (-1.0 if re.match(".*-binary-|ogbench:", self.env.name) else 0.0) + self.reward_bias
-
     def returns(self, rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        failure = self.failure_of_task() if self.failing_reward is None else self.failing_reward
+        failure = self.failing_reward
+        if failure is None:
+            failure = failing_reward_of_task(self.env, self.reward_scale, self.reward_bias)
         return returns_to_go(rewards, ends, self.config.discount, failure if self.config.is_sparse_reward else None)
 
     def load_dataset(self) -> None:
@@ -1959,7 +1971,7 @@ class CalQLRun(GuidedRun):
             rows = self.dataset.stored()
             rewards = rows.rewards.cpu().numpy()
             if self.config.is_sparse_reward and self.failing_reward is None:
-                self.failing_reward = self.find_failing_reward(rewards)
+                self.failing_reward = find_failing_reward(rewards, self.env, self.reward_scale, self.reward_bias)
             rows.extra.copy_(torch.from_numpy(self.returns(rewards, self.episode_ends)))
 
     def new_buffer(self, capacity: int) -> ReplayBuffer:

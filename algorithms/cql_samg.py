@@ -39,7 +39,7 @@ import uuid
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -164,7 +164,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         arm = "-samg" + ("" if self.coefficient == "vae" else f"-{self.coefficient}")
         self.name = self.name or "cql" + (arm if self.samg else "" if self.keep_offline_data else "-no-offline-data")
-        check_config(self)
+        check_guided_config(self)
         check_cql(self)
 
 
@@ -176,13 +176,23 @@ def check_cql(config: Any) -> None:
         raise ValueError("cql_clip_diff_min must not be above cql_clip_diff_max")
 
 
-def check_config(config: Any) -> None:
-    """Name the environment where none is given; raise ValueError for a value that no run can use."""
+def check_guided_config(config: Any) -> None:
+    """check_config, and its part for the fields of guidance."""
+    check_config(config, coefficient=COEFFICIENTS, vae_tail=("mean", "joint"))
+    if config.guidance_fade and not config.guidance_steps:
+        raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
+
+
+def check_config(config: Any, **words: Iterable[str]) -> None:
+    """Name the environment where none is given; raise ValueError for a value that no run can use.
+
+    `words` has what a text field may hold, by its name.
+    """
     for name in ("dataset", "runs_dir", "resume", "offline_checkpoint", "eval_only"):
         setattr(config, name, os.path.expanduser(getattr(config, name)))
     config.env = config.env or (config.dataset if re.match("minari:|ogbench:", config.dataset) else "hopper-medium-v2")
     config.compile = config.compile.lower()
-    words = {"coefficient": COEFFICIENTS, "vae_tail": ("mean", "joint"), "compile": ("auto", "true", "false")}
+    words["compile"] = ("auto", "true", "false")
     for name, value in asdict(config).items():
         if isinstance(value, str):
             if value not in words.get(name, (value,)):
@@ -195,8 +205,6 @@ def check_config(config: Any) -> None:
             if not low <= value <= high or value == math.inf:
                 bound = f"at most {high}" if value > high else f"finite and at least {low}"
                 raise ValueError(f"{name} must be {bound}, it is {value}")
-    if config.guidance_fade and not config.guidance_steps:
-        raise ValueError("guidance_fade needs guidance_steps, the online step at which the guidance has faded")
     if not 2 <= config.batch_size <= config.buffer_size:
         raise ValueError(f"batch_size {config.batch_size} must lie between 2 and buffer_size {config.buffer_size}")
     if "/" in config.name:
@@ -292,7 +300,7 @@ def seed_global_streams(seed: int) -> None:
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
     """The 32-bit seed of one use of randomness, so that no phase depends on what ran before it."""
-    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation")
+    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation", "vae", "generation")
     return int(np.random.SeedSequence((seed, streams.index(stream), index)).generate_state(1)[0])
 
 
@@ -684,10 +692,10 @@ class TwinCritic(nn.Module):
 
 
 def q_values(critic: nn.Module, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Q of k actions for each state, (2, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
+    """Q of k actions for each state, (critics, n, k), in one pass; states: (n, obs_dim), actions: (n, k, act_dim)."""
     n, k, act_dim = actions.shape
     assert len(states) == n, (states.shape, actions.shape)
-    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(2, n, k)
+    return critic(states.repeat_interleave(k, dim=0), actions.reshape(n * k, act_dim)).view(-1, n, k)
 
 
 def conservative_gap(q: torch.Tensor, log_density: torch.Tensor, config: Any) -> torch.Tensor:

@@ -144,18 +144,18 @@ def main() -> None:
     action.add_argument("--matrix", action="store_true", help="print which file has which block")
     action.add_argument("--fix", type=Path, metavar="FILE", help="copy FILE's version of what differs to the others")
     parser.add_argument("--block", metavar="NAME", help="with --fix: this block only")
-    parser.add_argument("--folder", type=Path, default=ALGORITHMS, help="where the *_samg.py are")
+    parser.add_argument("--folder", type=Path, default=ALGORITHMS, help="where the *.py are")
     args = parser.parse_args()
     try:
-        sources = [read_source(path) for path in sorted(args.folder.glob("*_samg.py"))]
+        sources = [read_source(path) for path in sorted(args.folder.glob("*.py"))]
         names = list(dict.fromkeys(name for source in sources for name in source.blocks))
         model = next((source for source in sources if args.fix and source.path.resolve() == args.fix.resolve()), None)
         if not sources:
-            raise ValueError(f"no *_samg.py in {args.folder}")
+            raise ValueError(f"no *.py in {args.folder}")
         if args.block and not args.fix:
             raise ValueError("--block goes with --fix FILE")
         if args.fix and not model:
-            raise ValueError(f"{args.fix} is none of the *_samg.py in {args.folder}")
+            raise ValueError(f"{args.fix} is none of the *.py in {args.folder}")
         if args.block and args.block not in model.shared():
             raise ValueError(f"{args.fix} has no block {args.block} to share")
         if model:
