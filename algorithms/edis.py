@@ -1082,13 +1082,14 @@ class Generation:
     def measure(self, buffer: "MixingBuffer") -> dict[str, float]:
         """The report of a retraining, COLUMNS: docs/edis.md explains them."""
         (s, a), work, rows = self.sizes, self.work, self.work["rows"]
-        real, x = buffer.stored(), self.standardise(rows[:, : self.dim])
+        real, x, plain = buffer.stored(), self.standardise(rows[:, : self.dim]), 2 * s + a + 1  # without d
         report = {name: work[name].item() for name in self.COLUMNS[:4] if name in work}
         report |= {"generated_rows": len(rows), "generated_dropped": work["dropped"].item()}
         report |= {"generated_clipped": work["clipped"].item() / len(rows), "generated_done": rows[:, -3].mean().item()}
         report |= {"generated_reward": rows[:, s + a].mean().item(), "data_reward": real.rewards.mean().item()}
-        report |= {"data_done": real.dones.mean().item(), "generated_mean_shift": x.mean(0).abs().max().item()}
-        report |= {"generated_std": x[:, : 2 * s + a + 1].std(0, correction=0).mean().item()}
+        report |= {"data_done": real.dones.mean().item()}
+        report |= {"generated_mean_shift": x[:, :plain].mean(0).abs().max().item()}
+        report |= {"generated_std": x[:, :plain].std(0, correction=0).mean().item()}
         order = torch.randperm(buffer.size, generator=self.generator, device=self.device)[:11_000]
         probe, others = order.split([n := min(1000, buffer.size // 2), len(order) - n])
         others = self.standardise(buffer.rows[others, : self.dim])

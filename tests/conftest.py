@@ -46,6 +46,11 @@ def calql():
     return load_module("algorithms/calql_samg.py")
 
 
+@pytest.fixture(scope="session")
+def edis():
+    return load_module("algorithms/edis.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def sources():
     """pyrallis parses a whole file once for every field's help text: here, once."""
