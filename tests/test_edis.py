@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, run_main
 from reference import ENV, HIGH, LOW, make_batch, scattered_agent
 from reference_cql import PLAIN, SIZES, VARIANTS
@@ -694,14 +695,14 @@ def test_a_run_goes_on_between_retrainings(edis, call, whole, hopper_file, tmp_p
 
 def test_the_log_and_the_checkpoint_of_a_run(whole):
     folder, _, _ = whole
-    assert [len(rows(folder, phase)) for phase in ("offline", "online")] == [6, 15]
+    assert [len(rows(folder, phase)) for phase in ("offline", "online")] == [6, 16]
     assert len(numbers(folder, "online", "diffusion_loss")) == 3
     assert len(numbers(folder, "online", "action_energy_loss")) == 2  # not at the switch
     assert numbers(folder, "online", "generated_rows") == [100] * 3
     shares = numbers(folder, "online", "generated_share")
     assert shares[0] == 1 and shares[-1] == 3 / 16  # 0.2 of 16
     saved = checkpoint(folder)
-    assert saved["generation"]["rows"].shape == (100, 26) and "denoiser" not in saved["generation"]
+    assert saved["generation"]["rows"].shape == (100, 29) and "denoiser" not in saved["generation"]
     assert len(saved["buffer"]["rows"]) == 150  # the data are not in it
     assert 0 < saved["progress"]["seconds"]["generation"]
 
@@ -768,7 +769,75 @@ def test_the_file_runs_alone(hopper_file, tmp_path):
     assert (only_folder(tmp_path / "runs") / "summary.json").is_file()
 
 
-# --- Configuration
+# --- Configurations
+# EDIS's share of generated rows, w1, w2, w3, cql_alpha, cql_alpha_online (its configs/cal_ql_edis)
+PUBLISHED = {
+    "halfcheetah_medium_replay": (0.2, 1, 0.2, 0.2, 10, 10),
+    "halfcheetah_medium": (0.2, 1, 0.2, 0.2, 10, 10),
+    "halfcheetah_medium_expert": (0.5, 1, 0.2, 0.2, 10, 10),
+    "hopper_medium_replay": (0.5, 1, 0.2, 0.2, 10, 10),
+    "hopper_medium": (0.2, 2, 0.01, 0.01, 10, 0.1),
+    "hopper_medium_expert": (0.5, 0.01, 0.01, 0.01, 10, 10),
+    "walker2d_medium_replay": (0.2, 0.1, 0.2, 0.2, 10, 10),
+    "walker2d_medium": (0.2, 0.01, 0.01, 0.01, 10, 0),
+    "walker2d_medium_expert": (0.2, 0.01, 0.01, 0.01, 10, 10),
+    **{f"antmaze_{maze}": (0.5, 0.01, 0.01, 0.01, 5, 5) for maze in ("umaze", "umaze_diverse")},
+    **{f"antmaze_{maze}": (0.5, 0.01, 0.01, 0.01, 5, 5) for maze in ("large_play", "large_diverse")},
+    **{f"antmaze_{maze}": (0.3, 0.01, 0.01, 0.01, 5, 5) for maze in ("medium_play", "medium_diverse")},
+    "pen_binary": (0.3, 0.01, 0.01, 0.01, 1, 5),  # ours: human-v1's, with cql_alpha as configs/calql
+    "door_binary": (0.5, 0.01, 0.01, 0.01, 1, 1),
+    "relocate_binary": (0.2, 1, 0.01, 0.01, 1, 2.5),
+}
+COLUMNS = ("mixing_ratio", "state_weight", "action_weight", "next_state_weight", "cql_alpha", "cql_alpha_online")
+EVERY = {"diffusion_iterations": 10_000, "sample_steps": 128, "n_generated": 100_000, "retrain_frequency": 10_000}
+EVERY |= {"denoiser_width": 1024, "denoiser_layers": 6, "embed_dim": 256, "diffusion_lr": 3e-4, "energy_lr": 1e-3}
+EVERY |= {"energy_hidden_dim": 256, "n_negatives": 10, "energy_updates": 20, "max_guidance": 10.0, "generated": True}
+EVERY |= {"policy_lr": 1e-4, "qf_lr": 3e-4, "orthogonal_init": True, "critic_layer_norm": False}
+EVERY |= {"offline_iterations": 1_000_000, "online_iterations": 200_000, "guidance_form": "published"}
+FAMILIES = {  # of the rest; antmaze's rewards become r - 1
+    "locomotion": {"q_n_hidden_layers": 2, "cql_target_action_gap": 10, "cql_max_target_backup": False}
+    | {"normalize": True, "normalize_reward": True, "is_sparse_reward": False, "hidden_dim": 256}
+    | {"backup_entropy": True, "cql_lagrange": True},
+    "antmaze": {"q_n_hidden_layers": 5, "cql_target_action_gap": 0.8, "cql_max_target_backup": True}
+    | {"cql_clip_diff_min": -200, "normalize": True, "reward_scale": 1, "reward_bias": -1, "is_sparse_reward": True}
+    | {"hidden_dim": 256, "backup_entropy": True, "cql_lagrange": True, "n_test_episodes": 100}
+    | {"eval_frequency": 20_000},
+}
+CONFIGS = sorted((ROOT / "configs" / "edis").glob("*.yaml"))
+
+
+def load(module, path):
+    return module.parse_config(module.TrainConfig, ["--config", str(path)])
+
+
+def test_there_is_a_file_for_each_of_the_18_tasks_and_the_quickstart():
+    others = {path.name for path in (ROOT / "configs" / "awac").glob("*.yaml")} - {"quickstart_likelihood.yaml"}
+    assert {path.name for path in CONFIGS} == others and len(others) == 19
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_file_names_only_what_differs_from_the_defaults(edis, path):
+    given, default, config = yaml.safe_load(path.read_text()), edis.TrainConfig(), load(edis, path)
+    assert all(getattr(config, name) == value for name, value in given.items())
+    assert not [name for name, value in given.items() if name != "env" and getattr(default, name) == value]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_values_are_ediss_or_listed_as_ours(edis, calql, name):
+    config, (env, level) = load(edis, ROOT / "configs" / "edis" / f"{name}.yaml"), name.split("_", 1)
+    assert config.env == f"{env}-{level.replace('_', '-')}-{'v0' if level == 'binary' else 'v2'}"
+    assert tuple(getattr(config, column) for column in COLUMNS) == PUBLISHED[name]
+    assert {key: getattr(config, key) for key in EVERY} == EVERY
+    if level == "binary":  # all else is calql_samg.py's
+        its = load(calql, ROOT / "configs" / "calql" / f"{name}.yaml")
+        own = {*COLUMNS, "name", "samg"} - {"cql_alpha"}
+        common = (config.__dict__.keys() & its.__dict__.keys()) - own
+        assert {key: getattr(config, key) for key in common} == {key: getattr(its, key) for key in common}
+    else:
+        family = FAMILIES["antmaze" if env == "antmaze" else "locomotion"]
+        assert {key: getattr(config, key) for key in family} == family
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
