@@ -252,7 +252,7 @@ def seed_global_streams(seed: int) -> None:
 
 def derive_seed(seed: int, stream: str, index: int = 0) -> int:
     """The 32-bit seed of one use of randomness, so that no phase depends on what ran before it."""
-    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation", "vae")
+    streams = ("networks", "offline", "coefficient", "online", "episode", "evaluation", "vae", "generation")
     return int(np.random.SeedSequence((seed, streams.index(stream), index)).generate_state(1)[0])
 
 

@@ -61,6 +61,11 @@ def wsrl():
     return load_module("algorithms/wsrl.py")
 
 
+@pytest.fixture(scope="session")
+def edis():
+    return load_module("algorithms/edis.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def sources():
     """pyrallis parses a whole file once for every field's help text: here, once."""

@@ -29,6 +29,7 @@ ALGORITHMS = {
     "td3_bc": ("td3_bc", "bc_decay"),
     "spot": ("spot", "lambd"),
     "wsrl": ("wsrl", "utd"),
+    "edis": ("edis", "generated"),
 }
 # Fields that do not change what a run computes, apart from its seed.
 BOOKKEEPING = {

@@ -299,7 +299,8 @@ def chain_of_configs(algorithm: Algorithm, config: Any) -> list[tuple[str, Any]]
     unused = {name: value for name, value in unused.items() if OFFLINE_TOO.get(name) not in algorithm.fields}
     unused |= {name: value for name, value in (("samg", True), ("coefficient", "none")) if name in algorithm.fields}
     unused["online_iterations"] = 0
-    unused |= {"buffer_size": max(default.buffer_size, config.batch_size)}
+    if "buffer_size" in algorithm.fields:
+        unused["buffer_size"] = max(default.buffer_size, config.batch_size)
     unused |= {"runs_dir": str(Path(config.runs_dir) / "offline")}
     offline = dataclasses.replace(config, **unused | {name: getattr(default, name) for name in fit_fields})
     what = {name: value for name, value in results_of(offline).items() if name not in ("seed", "env")}
