@@ -126,6 +126,20 @@ def test_online_steps(bench):
     assert len(hot) == 1
 
 
+def test_retrainings_of_edis(bench):
+    """Every part of a retraining is counted as often as it comes in one."""
+    results = bench.bench_generation(bench.parse(["--denoiser_width=8", "--generation_rows=20", *TINY]))
+    check(results)
+    parts, (total,) = results.values()
+    passes = {"denoiser": 2 * 1000 * 10 / 20 * 63, "energies": 100_000 / 20 * 255}
+    assert [row["of_a_retraining"] for row in parts] == pytest.approx([10_000, 20, *passes.values()])
+    assert [row["work"].split()[-1] for row in parts] == ["denoiser", "energies"] * 2
+    assert total["minutes_of_a_retraining"] == pytest.approx(sum(row["minutes"] for row in parts))
+    assert total["retrainings_of_a_run"] == 20
+    assert total["hours_of_a_run"] == pytest.approx(total["minutes_of_a_retraining"] / 3)
+    assert total["rows_per_s"] == pytest.approx(100_000 / 60 / parts[-1]["minutes"])
+
+
 def test_loading(bench, monkeypatch):
     """Here in this process, which saves the imports of two others."""
     monkeypatch.setattr(bench, "run_child", lambda args, part, *words: bench.CHILDREN[part](args, *words))

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -37,6 +38,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 FILES = {name: FOLDER.parents[1] / "algorithms" / f"{name}_samg.py" for name in ("awac", "iql", "cql", "calql")}
+EDIS = FOLDER.parents[1] / "algorithms" / "edis.py"
 OBS_DIM, ACT_DIM = 11, 3
 ENV = "Hopper-v4"
 PLAIN = "plain reference"
@@ -61,7 +63,8 @@ def load_algorithm(name: str) -> tuple[Any, type, type]:
 
 def make_config(module: Any, args: argparse.Namespace, **values: Any) -> Any:
     sizes = {"batch_size": args.batch_size, "hidden_dim": args.hidden_dim, "vae_hidden_dim": args.vae_hidden_dim}
-    sizes = {key: value for key, value in sizes.items() if value}
+    sizes |= {"denoiser_width": args.denoiser_width}
+    sizes = {key: value for key, value in sizes.items() if value and hasattr(module.TrainConfig, key)}
     return module.TrainConfig(**sizes, threads=args.threads, critic_layer_norm=False, **values)
 
 
@@ -366,6 +369,63 @@ def fit_update(coefficient: Any, buffer: Any) -> Callable:
     return lambda: coefficient.fit_step(buffer, 0)
 
 
+# --- EDIS's retrainings
+def bench_generation(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """What a retraining of EDIS is made of, and from that what one of them takes, and those of a run."""
+    module = load_module(EDIS)
+    config, bounds = make_config(module, args), np.ones(ACT_DIM, np.float32)
+    env = SimpleNamespace(obs_dim=OBS_DIM, act_dim=ACT_DIM, action_low=-bounds, action_high=bounds)
+    generation = module.Generation(config, env, module.CalQL(config, env, args.device).to(args.device), args.device)
+    buffer = module.MixingBuffer(args.rows, OBS_DIM, ACT_DIM, args.device, config.mixing_ratio)
+    buffer.rows.copy_(random_rows(buffer.widths, args.rows, 0, args.device))
+    buffer.kept, buffer.size = args.rows // 2, args.rows
+    generation.do_unit(generation.train_denoiser, buffer, 0)  # the first unit makes the statistics
+    sizes, work = (config.energy_pool, config.n_negatives), generation.work
+    for name, *shape in (("actions", *sizes, ACT_DIM), ("next_states", *sizes, OBS_DIM)):
+        work[name] = torch.randn(shape, device=args.device)
+    work["pool"] = torch.randn(sizes[0], generation.dim, device=args.device)
+    steps, n = 4, args.generation_rows
+    passes, negatives = 2 * steps - 1, 2 * config.energy_pool * config.n_negatives
+    functions = {  # with their number in a retraining; the sampler's are passes of `generation_rows` rows
+        "update of the denoiser": (
+            lambda: generation.do_unit(generation.train_denoiser, buffer, 1),
+            config.diffusion_iterations,
+        ),
+        "update of the energies": (
+            lambda: generation.do_unit(generation.train_energies, buffer, 0),
+            config.energy_updates,
+        ),
+        f"{n:,} rows through the denoiser": (
+            lambda: generation.sample(n, steps),
+            negatives / n * (2 * config.pool_steps - 1) / passes,
+        ),
+        f"{n:,} rows through denoiser and energies": (
+            lambda: generation.sample(n, steps, generation.guide),
+            config.n_generated / n * (2 * config.sample_steps - 1) / passes,
+        ),
+    }
+    progress(f"edis: {args.rounds} rounds")
+    seconds = {name: [] for name in functions}
+    for function, _ in functions.values():
+        function()
+    for _ in range(args.rounds):
+        for name, (function, _) in functions.items():
+            seconds[name] += measure(function, 1, args)
+    parts, minutes = [], 0.0
+    for name, (_, count) in functions.items():
+        per = passes if "rows" in name else 1  # a sample of 4 levels is 7 passes
+        row = {"work": name, "min_ms": 1e3 * min(seconds[name]) / per}
+        row |= {"median_ms": 1e3 * statistics.median(seconds[name]) / per, "of_a_retraining": count * per}
+        row["minutes"] = row["median_ms"] * row["of_a_retraining"] / 60_000
+        minutes += row["minutes"]
+        parts.append(row)
+    rate = config.n_generated / parts[-1]["minutes"] / 60
+    number = math.ceil(config.online_iterations / config.retrain_frequency)
+    total = {"rows_per_s": rate, "updates_per_s": 1e3 / parts[0]["median_ms"], "minutes_of_a_retraining": minutes}
+    total |= {"retrainings_of_a_run": number, "hours_of_a_run": number * minutes / 60}
+    return {"EDIS: the work of a retraining": parts, "EDIS: retrainings": [total]}
+
+
 # --- Loading
 def write_dataset(path: Path, n: int) -> None:
     """Random rows in D4RL's layout, float32, uncompressed, in episodes of 1,000."""
@@ -458,7 +518,7 @@ def child_memory(args: argparse.Namespace, name: str, variant: str) -> dict[str,
 
 # --- Main
 PARTS = {"update": bench_update, "online": bench_online, "fitting": bench_fitting}
-PARTS |= {"loading": bench_loading, "start": bench_start}
+PARTS |= {"loading": bench_loading, "start": bench_start, "generation": bench_generation}
 CHILDREN = {"read": child_read, "load": child_load, "import": child_import, "memory": child_memory}
 
 
@@ -517,12 +577,14 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="(default: the algorithm's)")
     parser.add_argument("--hidden_dim", type=int, help="(default: the algorithm's)")
     parser.add_argument("--vae_hidden_dim", type=int, help="(default: the algorithm's)")
+    parser.add_argument("--denoiser_width", type=int, help="of EDIS (default: the algorithm's)")
+    parser.add_argument("--generation_rows", type=int, default=1000, help="EDIS's, at once (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write everything to this file, too")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     args.only, args.algorithms = names(args.only, PARTS, "only"), names(args.algorithms, FILES, "algorithms")
     args.variants = names(args.variants, VARIANTS, "variants")
-    for name in ("rounds", "updates", "steps", "starts", "rows", "loading_rows", "threads"):
+    for name in ("rounds", "updates", "steps", "starts", "rows", "loading_rows", "threads", "generation_rows"):
         if getattr(args, name) < 1:
             raise SystemExit(f"error: --{name} must be at least 1, it is {getattr(args, name)}")
     if args.clock == "cpu" and (args.threads > 1 or args.device != "cpu"):
