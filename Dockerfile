@@ -1,9 +1,11 @@
-# GPU image: PyTorch's own wheels bring CUDA, so the base needs none; the host needs the NVIDIA container toolkit.
-#   docker build -t samg .
-#   docker run --gpus all -v "$PWD/runs:/samg/runs" samg algorithms/awac_samg.py --config configs/awac/quickstart.yaml
+# GPU image: PyTorch's own wheels bring CUDA 13, so the base needs none; the host needs the NVIDIA container toolkit and
+# a driver of 580 or newer.
+#   docker build -t samg .          with --build-arg TOOLS=1 for sweeps, reports and films, too
+#   docker run --gpus all -v "$PWD/runs:/samg/runs" samg algorithms/awac_samg.py --device cuda --config configs/awac/quickstart.yaml
 # With D4RL's own simulators (gym, mujoco-py) in the place of Gymnasium's:
 #   docker build --target d4rl -t samg-d4rl .
-FROM python:3.11-slim AS d4rl
+# bookworm: the gcc of Debian 13 takes mujoco-py's pointers for errors
+FROM python:3.11-slim-bookworm AS d4rl
 
 RUN useradd --create-home --uid 1000 samg && mkdir -p /samg/runs && chown -R samg /samg
 WORKDIR /samg
@@ -34,6 +36,9 @@ WORKDIR /samg
 COPY requirements.txt .
 COPY d4rl_envs d4rl_envs
 RUN pip install --no-cache-dir -r requirements.txt && rm -rf d4rl_envs
+ARG TOOLS=
+COPY requirements-dev.txt .
+RUN if [ -n "$TOOLS" ]; then grep -v "^-r" requirements-dev.txt > /tmp/tools.txt && pip install --no-cache-dir -r /tmp/tools.txt; fi
 
 COPY --chown=samg . .
 USER samg

@@ -384,3 +384,15 @@ def test_what_is_killed_goes_on_and_errors_are_kept(tmp_path):
     assert last.startswith("attempt 2 of 2") and last.endswith("exit status 1: error: nothing comes of it")
     offline = next((tmp_path / "runs/sweep/offline/pretended").iterdir())
     assert (offline / "log.txt").read_text().count("--- attempt") == 1
+
+
+def test_what_runs_that_share_a_gpu_are_given(sweep, monkeypatch):
+    assert sweep.gpu_environment({"cpus": 1, "gpus": 0}) == {"CUDA_VISIBLE_DEVICES": ""}
+    threads = {"TORCHINDUCTOR_COMPILE_THREADS": "2"}
+    assert sweep.gpu_environment({"cpus": 2, "gpus": 1}) == threads
+    shared = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert sweep.gpu_environment({"cpus": 2.5, "gpus": 0.2}) == threads | shared
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/tmp/mps")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
+    given = {"CUDA_MPS_PIPE_DIRECTORY": "/tmp/mps", "PYTORCH_ALLOC_CONF": "backend:native"}
+    assert sweep.gpu_environment({"cpus": 0.5, "gpus": 0.2}) == {"TORCHINDUCTOR_COMPILE_THREADS": "1"} | given

@@ -67,7 +67,7 @@ ONLINE_ONLY = {
 OFFLINE_TOO = {"noise_clip": "policy_noise"}  # but these, in an algorithm that has the other field
 # Fields that change where and how a run runs, not what it computes.
 BOOKKEEPING = {"device", "threads", "graphs", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
-BOOKKEEPING |= {"checkpoint_frequency", "wandb", "project", "group"}
+BOOKKEEPING |= {"checkpoint_frequency", "evaluate_beside", "wandb", "project", "group"}
 SET_BY_THE_SWEEP = {"seed", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
 UNFITTED = ("even", "random", "none")  # coefficients that look at no data
 SAME_FIT = {"static": "vae"}  # coefficients that are fitted as another one is
@@ -554,13 +554,23 @@ def capacity(ray: Any, resources: dict[str, float]) -> int:
     return total
 
 
+def gpu_environment(resources: dict[str, float]) -> dict[str, str]:
+    """What runs that share a GPU need: memory only as it is used, no pool of compilers each, and MPS if it is on."""
+    if not resources["gpus"]:
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    shared = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if resources["gpus"] < 1 else {}
+    usual = shared | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, int(resources["cpus"])))}
+    given = ("PYTORCH_", "TORCHINDUCTOR_", "CUDA_MPS_")
+    return usual | {name: value for name, value in os.environ.items() if name.startswith(given)}
+
+
 def schedule(ray: Any, sweep: Sweep, jobs: list[Job]) -> None:
     """Start jobs in the plan's order as soon as there is room and their parents are done, until none is left."""
     needs = {"num_cpus": sweep.resources["cpus"], "num_gpus": sweep.resources["gpus"]}
     task = ray.remote(**needs, max_retries=0, scheduling_strategy="SPREAD")(attempt)
     progress, running, of = Progress(jobs), {}, sweep.retries + 1
     own = {name: value for name, value in os.environ.items() if name.startswith(("D4RL_", "MUJOCO_", "WANDB_"))}
-    own |= {"TQDM_DISABLE": "1"} | ({} if sweep.resources["gpus"] else {"CUDA_VISIBLE_DEVICES": ""})
+    own |= {"TQDM_DISABLE": "1"} | gpu_environment(sweep.resources)
     while True:
         room = capacity(ray, sweep.resources)
         for job in [job for job in jobs if job.state == "waiting"]:
