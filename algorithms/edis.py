@@ -27,6 +27,7 @@ import inspect
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -87,6 +88,7 @@ class TrainConfig:
     log_frequency: int = 1_000  # steps between rows of metrics.csv
     eval_frequency: int = 5_000  # steps between evaluations
     n_test_episodes: int = 10  # episodes an evaluation
+    evaluate_beside: bool = False  # in another process, while training goes on, with the same scores [ours]
     wandb: bool = False  # send the same numbers to Weights & Biases
     project: str = "SAMG"  # wandb project
     group: str = ""  # wandb group; empty: <algorithm>-<env>
@@ -1414,6 +1416,66 @@ def evaluate(agent: nn.Module, env: Environment, n_episodes: int, seed: int) -> 
     return {"score": float(np.mean(scores)), "return": float(np.mean(returns))}
 
 
+def serve_evaluations(connection: Any, algorithm: type, config: Any) -> None:
+    """The process of evaluate_beside: it evaluates what comes, until the connection's other end is closed, or dead."""
+    on_signals(signal.SIG_IGN, *STOPS, *SAVES)  # they are for the run, which ends this process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # the run says it all
+    tqdm.set_lock(threading.RLock())  # tqdm's own would be left over, with a warning, where this process is killed
+    env = Environment(config.env, ends_at_goal=False, max_steps=config.max_episode_steps)
+    evaluator = Evaluator(algorithm(config, env, "cpu"), env, config)
+    with contextlib.suppress(EOFError, OSError):
+        connection.send(None)  # ready
+        while True:
+            connection.send(evaluator.evaluate(connection.recv()))
+
+
+class Evaluator:
+    """Evaluates the policy of the moment of `ask`: when `answer` is called or, once started, in a process beside."""
+
+    def __init__(self, agent: nn.Module, env: Environment, config: Any) -> None:
+        self.agent, self.env, self.config = agent, env, config
+        self.asked: list[list[np.ndarray]] = []  # copies of live_arrays() that wait for their answers
+        self.process = self.connection = None
+        self.free = False  # whether the process waits for work
+
+    def evaluate(self, arrays: list[np.ndarray]) -> dict[str, float]:
+        agent = copy.copy(self.agent)
+        agent.live_arrays = lambda: arrays
+        return evaluate(agent, self.env, self.config.n_test_episodes, self.config.eval_seed)
+
+    def start(self) -> None:
+        """Begin the process, which is ready seconds later."""
+        if (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) < 2:
+            return tqdm.write("evaluate_beside needs a second core; evaluations stay between the updates")
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        arguments = (theirs, type(self.agent), self.config)
+        self.process = context.Process(target=serve_evaluations, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def ask(self) -> None:
+        self.asked.append([array.copy() for array in self.agent.live_arrays()])
+
+    def answer(self, wait: bool) -> dict[str, float] | None:
+        """The oldest question's; None if it is not to be waited for, and not there yet."""
+        try:
+            while self.connection:
+                if self.free and self.asked:
+                    self.connection.send(self.asked[0])
+                    self.free = False
+                if not wait and not self.connection.poll():
+                    return None
+                result, self.free = self.connection.recv(), True
+                if result:
+                    self.asked.pop(0)
+                    return result
+        except (EOFError, OSError):
+            tqdm.write("the process of evaluate_beside is gone; evaluations go on between the updates")
+            self.connection = None
+        return self.evaluate(self.asked.pop(0))
+
+
 # --- Checkpoint and log
 FORMAT = 3  # of checkpoints: another number, another content
 
@@ -1517,12 +1579,13 @@ class Run:
     CARRIED = ("evaluations", "dataset_checksum", "reward_scale", "reward_bias")  # over the switch, to another run
     # What a resumed run may change, and what one from an offline checkpoint may not
     RESUMABLE = {"resume", "device", "threads", "graphs", "wandb", "checkpoint_frequency", "dataset"}
-    RESUMABLE |= {"online_iterations"}
+    RESUMABLE |= {"online_iterations", "evaluate_beside"}
     SETTLED = {"offline_iterations", "hidden_dim", "q_n_hidden_layers", "critic_layer_norm", "iql_deterministic"}
     SETTLED |= {"normalize", "normalize_reward", "reward_scale", "reward_bias", "cql_alpha"}
 
     def __init__(self, config: Any, algorithm: type) -> None:
         self.algorithm, self.device, self.lock, self.metrics_file = algorithm, choose_device(config.device), None, None
+        self.evaluator = None
         self.taken: dict[int, Any] = {}  # signals that this run handles, and who had them before
         if config.resume:
             self.folder = Path(config.resume)
@@ -1542,6 +1605,8 @@ class Run:
         self.parts = self.build()  # what checkpoints hold
         self.replay = Replay(self.device, config.graphs)
         self.dataset = self.buffer = self.wandb = None  # the ReplayBuffers before and after the switch; wandb's run
+        self.evaluator = Evaluator(self.agent, self.eval_env, config)
+        self.held: list[tuple] = []  # rows from that on whose evaluation is under way: step, row, bar, evaluates
         self.step = self.episode = self.dataset_checksum = 0
         self.stop_signal = self.stop_time = self.save_wanted = 0  # what signals have asked for, and when
         self.metrics_size = [0, 0]  # of metrics.csv: bytes, and their CRC-32
@@ -1656,7 +1721,9 @@ class Run:
         self.metrics_file.write(text)
 
     def close(self) -> None:
-        """Give back signals, log and folder."""
+        """Give back signals, log and folder, and end the process of evaluate_beside."""
+        if self.evaluator and self.evaluator.process:
+            self.evaluator.process.kill()
         for number, handler in self.taken.items():
             signal.signal(number, handler)
         self.taken = {}
@@ -1769,6 +1836,7 @@ class Run:
             for key, value in part.state_dict().items() if isinstance(part, nn.Module) else ():
                 if not torch.isfinite(value).all():
                     fail(f"{key} is not finite at step {self.step}: {DIVERGED}")
+        self.write_rows()
         self.saved_step = self.step
         self.metrics_file.flush()
         os.fsync(self.metrics_file.fileno())
@@ -1833,17 +1901,28 @@ class Run:
         if phase == "online":
             row["train_return"] = self.train_episodes[-1][2] if self.train_episodes else ""
         if evaluates:
-            start = time.perf_counter()
-            result = evaluate(self.agent, self.eval_env, self.config.n_test_episodes, self.config.eval_seed)
-            self.seconds["evaluation"] += time.perf_counter() - start
-            self.evaluations.append([phase == "online", step, result["score"], result["return"]])
-            bar.set_postfix(score=f"{result['score']:.1f}")
-            row |= result
-        self.metrics.writerow(row)
-        self.metrics_file.flush()
-        if self.wandb:
-            self.wandb.log({f"{phase}/{name}": row[name] for name in row if name != "phase"}, step=self.step)
+            self.evaluator.ask()
+        self.held.append((self.step, row, bar, evaluates))
+        self.write_rows(wait=not self.evaluator.connection)
         self.clock, self.clock_step = time.perf_counter(), self.step
+
+    def write_rows(self, wait: bool = True) -> None:
+        """What is held of metrics.csv; unless told to `wait`, up to the first row whose evaluation is under way."""
+        while self.held:
+            step, row, bar, evaluates = self.held[0]
+            start = time.perf_counter()
+            if evaluates and not (result := self.evaluator.answer(wait)):
+                break
+            if evaluates:
+                self.seconds["evaluation"] += time.perf_counter() - start
+                self.evaluations.append([row["phase"] == "online", row["step"], result["score"], result["return"]])
+                bar.set_postfix(score=f"{result['score']:.1f}", refresh=False)  # it may be closed by now
+                row |= result
+            self.metrics.writerow(row)
+            self.metrics_file.flush()
+            if self.wandb:
+                self.wandb.log({f"{row['phase']}/{name}": row[name] for name in row if name != "phase"}, step=step)
+            del self.held[0]
 
     def describe(self, phase: str, row: dict[str, Any]) -> dict[str, Any]:
         """More columns for a row of metrics.csv."""
@@ -2172,6 +2251,8 @@ def train(run: Run) -> None:
         else:
             run.load_dataset()
         run.open_log()
+        if config.evaluate_beside:
+            run.evaluator.start()
         if compiled := compiles(config, run.device):
             run.agent.compile_update()
         how = "compiled, which takes its time at the first update of each kind" if compiled else "not compiled"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, run_main
+from conftest import ROOT, load_module, run_main, write_dataset
 from reference import ENV, HIGH, LOW, make_batch, scattered_agent
 from reference_cql import PLAIN, SIZES, VARIANTS
 from runs import assert_equal, assert_same_run, check_resumes, checkpoint, numbers, only_folder, rows, run_script
@@ -735,14 +735,10 @@ def test_both_arms_start_from_one_checkpoint_and_without_generation_it_is_calql_
             common = row.keys() & its.keys()
             assert {name: row[name] for name in common} == {name: its[name] for name in common}
             assert {"critic_loss", "score", "q_mean"} < common
-    assert "generation" not in numbers(arm, "online", "generated_share")
     assert not numbers(arm, "online", "generated_share")
 
 
-@pytest.mark.parametrize("reward", ["sparse"])
-def test_a_sparse_task_from_end_to_end(edis, call, hopper_columns, tmp_path, reward):
-    from conftest import write_dataset
-
+def test_a_sparse_task_from_end_to_end(edis, call, hopper_columns, tmp_path):
     columns = dict(hopper_columns)
     columns["rewards"] = np.where(columns["terminals"], 0.0, -1.0).astype(np.float32)
     data, buffers = write_dataset(tmp_path / "sparse.hdf5", columns), []
@@ -767,6 +763,22 @@ def test_the_file_runs_alone(hopper_file, tmp_path):
     settings = RUN | {"offline_iterations": 20, "online_iterations": 30, "dataset": hopper_file}
     run_script(script, runs_dir=tmp_path / "runs", **settings)
     assert (only_folder(tmp_path / "runs") / "summary.json").is_file()
+
+
+# --- The picture of generated rows
+@pytest.mark.parametrize("words", [[], ["--generate"]])
+def test_the_tool_that_looks_at_generated_rows(whole, words, tmp_path, monkeypatch, capsys):
+    tool, picture = load_module("tools/diagnostics/generated.py"), tmp_path / "rows.png"
+    path = str(whole[0] / "checkpoint.pt")
+    monkeypatch.setattr("sys.argv", ["generated.py", path, "--rows", "40", "--output", str(picture), *words])
+    before = sorted(whole[0].iterdir())
+    tool.main()
+    table = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in capsys.readouterr().out.splitlines()[3:]}
+    errors = {name: float(cells[2]) for name, cells in table.items()}
+    assert errors.keys() == {"offline", "online", *(["guided", "unguided"] if words else ["generated"])}
+    assert errors["offline"] < 1e-5 and min(errors.values()) >= 0  # the data obey the physics that made them
+    assert all(error > 0.01 for name, error in errors.items() if name not in ("offline", "online"))
+    assert picture.stat().st_size > 1000 and sorted(whole[0].iterdir()) == before
 
 
 # --- Configurations
