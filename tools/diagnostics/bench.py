@@ -223,7 +223,7 @@ def plain_update(case: Case) -> Callable:
 
 def eager_update(case: Case, guided: bool) -> Callable:
     agent, buffer = case.agent(), case.buffer()
-    return lambda: agent.update(buffer.sample(case.config.batch_size), guided)
+    return lambda: agent.update(buffer.sample(case.config.batch_size), guided=guided)
 
 
 def compiled_update(case: Case, guided: bool, **options: str) -> Callable:
@@ -231,7 +231,7 @@ def compiled_update(case: Case, guided: bool, **options: str) -> Callable:
     agent, buffer = case.agent(), case.buffer()
     case.module.compiles(make_config(case.module, case.args, compile="true"), case.args.device)
     agent.compile_update(**options)
-    return lambda: agent.update(buffer.sample(case.config.batch_size), guided)
+    return lambda: agent.update(buffer.sample(case.config.batch_size), guided=guided)
 
 
 def layer_norm_update(case: Case, guided: bool) -> Callable:
