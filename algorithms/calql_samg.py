@@ -271,7 +271,8 @@ def parse_config(config_class: type, argv: list[str], given: set[str] | None = N
     readers[float] = lambda text: float(text.lower().replace(".inf", "inf"))  # YAML writes -.inf
     for kind, reader in readers.items():
         pyrallis.decode.register(kind, reader)
-    inspect.getsource = cache(inspect.getsource)  # pyrallis calls it for each field: seconds, for a file of this length
+    if not hasattr(inspect.getsource, "cache_info"):  # pyrallis calls it for each field: seconds, in a file this long
+        inspect.getsource = cache(inspect.getsource)
     words = []
     for word in argv:  # argparse takes -1e-1 and -inf for options
         joins = re.match("-[^-]", word) and word != "-h" and words and re.fullmatch(r"--\w+", words[-1])

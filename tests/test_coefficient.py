@@ -247,7 +247,8 @@ def test_without_a_target_beta_rises_linearly_and_stays(awac, annealing, schedul
 def test_a_posterior_that_stays_collapsed_is_reported_once(awac, capsys):
     run = awac.GuidedRun.__new__(awac.GuidedRun)
     run.config, run.metrics = awac.TrainConfig(log_frequency=1), SimpleNamespace(writerow=lambda row: None)
-    run.metrics_file, run.wandb, run.adapt_report = io.StringIO(), None, {}
+    run.metrics_file, run.wandb, run.adapt_report, run.held = io.StringIO(), None, {}, []
+    run.evaluator = SimpleNamespace(connection=None)
     run.collapsed = run.step = run.clock = run.clock_step = 0
     bar, warnings = SimpleNamespace(total=99, update=lambda: None), []
     for step, kl in enumerate([1e-6, 1e-6, 0.03, *[1e-6] * 9], start=1):

@@ -63,7 +63,7 @@ def load_algorithm(name: str) -> tuple[Any, type, type]:
 
 def make_config(module: Any, args: argparse.Namespace, **values: Any) -> Any:
     sizes = {"batch_size": args.batch_size, "hidden_dim": args.hidden_dim, "vae_hidden_dim": args.vae_hidden_dim}
-    sizes |= {"denoiser_width": args.denoiser_width}
+    sizes |= {"denoiser_width": getattr(args, "denoiser_width", None)}
     sizes = {key: value for key, value in sizes.items() if value and hasattr(module.TrainConfig, key)}
     return module.TrainConfig(**sizes, threads=args.threads, critic_layer_norm=False, **values)
 
