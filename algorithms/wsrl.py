@@ -75,7 +75,7 @@ class TrainConfig:
     eval_seed: int = 0  # seeds the evaluation episodes: the same start states for every evaluation and every run
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     threads: int = 1  # CPU threads; more than one does not pay for networks of this size
-    compile: str = "auto"  # torch.compile the updates: true, false, or auto: in runs of 20,000 updates and more
+    compile: str = "false"  # false: PyTorch 2.13 compiles gradients of the ensemble that are wrong (docs/wsrl.md)
     graphs: str = "auto"  # replay updates as CUDA graphs: true, false, or auto: on CUDA, if that works
     # --- Run
     runs_dir: str = "runs"  # the run's folder is <runs_dir>/<env>/<name>-seed<seed>
@@ -877,7 +877,6 @@ class WSRL(Agent):
         return self.update_online(buffer.sample(self.config.utd * self.config.batch_size))
 
     def learn(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Offline. Subsets are drawn outside of what is compiled: drawn inside, PyTorch 2.13 gets gradients wrong."""
         return self.learn_offline(batch, self.subset(), self.subset())
 
     def learn_offline(self, batch: Batch, members: torch.Tensor, others: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -971,9 +970,7 @@ class WSRL(Agent):
         torch._foreach_lerp_(targets, critics, self.config.soft_target_update_rate)
 
     def compile_update(self, **options: Any) -> None:
-        """With torch.compile's options."""
-        for name in ("learn_offline", "learn_critics", "learn_policy"):
-            setattr(self, name, torch.compile(getattr(self, name), **options))
+        fail("PyTorch 2.13 compiles gradients of the ensemble that are wrong (docs/wsrl.md): leave out --compile")
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

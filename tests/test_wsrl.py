@@ -622,3 +622,9 @@ def test_updates_on_the_gpu_do_not_wait(wsrl):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(value.isfinite() for value in metrics.values())
+
+
+def test_compilation_is_refused_in_a_line(wsrl):
+    assert wsrl.TrainConfig().compile == "false"
+    with pytest.raises(SystemExit, match="error: PyTorch 2.13 compiles gradients of the ensemble that are wrong"):
+        make_agent(wsrl).compile_update()
