@@ -46,24 +46,18 @@ from d4rl_envs import sources
 ROOT = Path(__file__).resolve().parents[2]
 
 # Fields that an offline phase and the fit of a coefficient do not look at: arms that differ in these alone share both.
-ONLINE_ONLY = {
-    *(
-        "online_iterations",
-        "warmup_steps",
-        "policy_hold_steps",
-        "overlap",
-        "buffer_size",
-        "samg",
-        "keep_offline_data",
-        "coefficient",
-        "p_threshold",
-    ),
-    *("coefficient_frequency", "refresh_offline_critic", "guidance_steps", "guidance_fade"),
-    *("mastered_share", "adapt_iterations", "adapt_learning_rate", "adapt_hold", "adapt_max_drop"),
-    *("expl_noise", "noise_clip", "cql_alpha_online", "mixing_ratio", "online_discount", "reset_optimizers"),
-    *("online_data", "keep_last", "update_after", "bc_decay", "bc_decay_end", "bc_decay_steps"),
-    *("lambd_cool", "lambd_end"),
-}
+ONLINE_ONLY = set(
+    """
+    online_iterations warmup_steps policy_hold_steps overlap buffer_size samg keep_offline_data coefficient
+    p_threshold coefficient_frequency refresh_offline_critic guidance_steps guidance_fade mastered_share
+    adapt_iterations adapt_learning_rate adapt_hold adapt_max_drop expl_noise noise_clip cql_alpha_online
+    mixing_ratio online_discount reset_optimizers online_data keep_last update_after bc_decay bc_decay_end
+    bc_decay_steps lambd_cool lambd_end generated retrain_frequency n_generated generation_batch sample_steps
+    model_terminals diffusion_iterations diffusion_lr denoiser_width denoiser_layers embed_dim state_weight
+    action_weight next_state_weight max_guidance guidance_form energy_updates energy_hidden_dim energy_lr
+    n_negatives energy_pool pool_steps positive_rows
+    """.split()
+)
 OFFLINE_TOO = {"noise_clip": "policy_noise"}  # but these, in an algorithm that has the other field
 # Fields that change where and how a run runs, not what it computes.
 BOOKKEEPING = {"device", "threads", "graphs", "runs_dir", "name", "resume", "offline_checkpoint", "eval_only"}
