@@ -554,8 +554,8 @@ def gpu_environment(resources: dict[str, float]) -> dict[str, str]:
         return {"CUDA_VISIBLE_DEVICES": ""}
     shared = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if resources["gpus"] < 1 else {}
     usual = shared | {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, int(resources["cpus"])))}
-    given = ("PYTORCH_", "TORCHINDUCTOR_", "CUDA_MPS_")
-    return usual | {name: value for name, value in os.environ.items() if name.startswith(given)}
+    given = {name: value for name, value in os.environ.items() if name in usual or name.startswith("CUDA_MPS_")}
+    return usual | given
 
 
 def schedule(ray: Any, sweep: Sweep, jobs: list[Job]) -> None:
