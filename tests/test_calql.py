@@ -334,6 +334,7 @@ def test_values_that_no_run_can_use_are_refused(calql, values):
 
 
 # --- Whole runs
+@pytest.mark.slow
 @pytest.mark.parametrize("samg", ["true", "false"])
 def test_resumed_run_equals_the_uninterrupted_one(calql, samg, hopper_file, tmp_path):
     moments = [("offline", 50), ("online", 90), ("online", 290)]

@@ -51,6 +51,7 @@ def test_an_answer_is_of_the_policy_that_was_asked_for(name, request, monkeypatc
     assert evaluator.answer(wait=True) == expected != module.evaluate(agent, env, 2, 0)
 
 
+@pytest.mark.slow
 def test_a_run_with_it_equals_one_in_turn_and_resumes(awac, call, in_turn, beside, monkeypatch, tmp_path):
     def refuse(*_):
         raise AssertionError("evaluated in the run's own process")
@@ -111,6 +112,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_with_a_killed_run_its_process_ends_and_nothing_is_lost(in_turn, hopper_file, tmp_path):
     settings = SHORT | {"dataset": hopper_file, "runs_dir": tmp_path, "evaluate_beside": "true"}

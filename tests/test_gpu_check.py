@@ -16,6 +16,7 @@ JUDGED = {
 }
 
 
+@pytest.mark.slow
 def test_every_phase_runs_on_a_cpu(tmp_path):
     words = ["--device", "cpu", "--algorithms", "awac", "--json", tmp_path / "check.json"]
     script = ROOT / "tools/diagnostics/gpu_check.py"

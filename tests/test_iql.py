@@ -411,6 +411,7 @@ def finished(iql, call, hopper_file, tmp_path_factory):
     return only_folder(tmp / "runs")
 
 
+@pytest.mark.slow
 def test_the_command_line_runs_from_end_to_end(finished, hopper_file, tmp_path):
     run_script(SCRIPT, env="Hopper-v4", dataset=hopper_file, runs_dir=tmp_path, **SETTINGS)
     folder = tmp_path / "Hopper-v4" / "iql-samg-seed0"

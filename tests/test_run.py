@@ -288,6 +288,7 @@ def test_memory_in_megabytes(awac, monkeypatch):
         assert awac.peak_memory_mb() == megabytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumed", [False, True])
 def test_two_processes_at_once_are_one_run(resumed, snapshots, pendulum_file, finished, tmp_path):
     words = command(SCRIPT, **QUICK | {"dataset": pendulum_file, "runs_dir": tmp_path / "runs"})

@@ -356,6 +356,7 @@ def wait_for(condition, seconds=200):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="kills need Linux to reach a killed driver's processes")
 def test_what_is_killed_goes_on_and_errors_are_kept(tmp_path):
     pytest.importorskip("ray")

@@ -16,6 +16,7 @@ RUNS = {
 OFF = {"critic_layer_norm": "false", "p_share": 0, "vae_tail": "mean", "adapt_hold": 10}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("algorithm", RUNS)
 def test_without_the_additions_a_run_is_as_before(algorithm, request, hopper_file, tmp_path):
     shown = subprocess.run(
