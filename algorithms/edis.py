@@ -1239,8 +1239,8 @@ class Replay:
 
 
 # --- Cal-QL
-class CalQL(Agent):
-    """Cal-QL (Nakamoto et al., 2023): CORL's CQL with calibrated Q."""
+class EDIS(Agent):
+    """Cal-QL (Nakamoto et al., 2023), which EDIS fine-tunes: CORL's CQL with calibrated Q."""
 
     ALGORITHM = "edis"
     METRICS = ("critic_loss", "actor_loss", "q_mean", "cql_gap", "bound_rate", "entropy", "alpha", "alpha_prime")
@@ -2315,4 +2315,4 @@ def score_checkpoint(config: Any, given: set[str], algorithm: type) -> str:
 
 
 if __name__ == "__main__":
-    main(CalQL, TrainConfig, EDISRun)
+    main(EDIS, TrainConfig, EDISRun)

@@ -9,7 +9,7 @@ from reference import ENV, MIXED_P, make_batch, scattered_agent
 from runs import TINY, check_resumes
 
 CLASSES = {"awac": "AWAC", "iql": "IQL", "cql": "CQL", "calql": "CalQL"}
-CLASSES |= {"td3_bc": "TD3BC", "spot": "SPOT", "edis": "CalQL"}
+CLASSES |= {"td3_bc": "TD3BC", "spot": "SPOT", "edis": "EDIS"}
 OBSERVATION = np.array([0.5, 0.25, -2.0])
 
 

@@ -282,7 +282,7 @@ def test_energy_of_actions_learns_the_ratio_of_two_normals(edis):
 def make_generation(module, **values):
     config = module.TrainConfig(**SMALL | values)
     torch.manual_seed(0)
-    agent = module.CalQL(config, ENV, "cpu")
+    agent = module.EDIS(config, ENV, "cpu")
     return module.Generation(config, ENV, agent, "cpu")
 
 
@@ -527,8 +527,8 @@ def test_updates_are_those_of_calql_samg_without_guidance(edis, calql, variant):
     values = SIZES | PLAIN | VARIANTS[variant]
     plain = {"backup_entropy": False, "cql_lagrange": False, "policy_lr": 0.01, "cql_target_action_gap": -1.0}
     agents = []
-    for module in (edis, calql):
-        agent = scattered_agent(module.CalQL, module.TrainConfig(**plain | values), 0.0)
+    for module, algorithm in ((edis, edis.EDIS), (calql, calql.CalQL)):
+        agent = scattered_agent(algorithm, module.TrainConfig(**plain | values), 0.0)
         torch.manual_seed(3)
         with torch.no_grad():
             for parameter in (*agent.actor.parameters(), *agent.critic.parameters(), *agent.target_critic.parameters()):
@@ -597,7 +597,7 @@ def test_a_retraining_waits_for_the_end_of_an_episode_where_there_is_one(edis, m
 # --- Whole runs
 @pytest.fixture(scope="module")
 def call(edis):
-    return functools.partial(run_main, edis.CalQL, edis.EDISRun)
+    return functools.partial(run_main, edis.EDIS, edis.EDISRun)
 
 
 @pytest.fixture(scope="module")

@@ -375,7 +375,7 @@ def bench_generation(args: argparse.Namespace) -> dict[str, list[dict]]:
     module = load_module(EDIS)
     config, bounds = make_config(module, args), np.ones(ACT_DIM, np.float32)
     env = SimpleNamespace(obs_dim=OBS_DIM, act_dim=ACT_DIM, action_low=-bounds, action_high=bounds)
-    generation = module.Generation(config, env, module.CalQL(config, env, args.device).to(args.device), args.device)
+    generation = module.Generation(config, env, module.EDIS(config, env, args.device).to(args.device), args.device)
     buffer = module.MixingBuffer(args.rows, OBS_DIM, ACT_DIM, args.device, config.mixing_ratio)
     buffer.rows.copy_(random_rows(buffer.widths, args.rows, 0, args.device))
     buffer.kept, buffer.size = args.rows // 2, args.rows

@@ -39,10 +39,10 @@ def load_file() -> Any:
 
 def restore(edis: Any, path: Path) -> Any:
     """The run of a checkpoint, with its data and buffer, as it was when it was saved; nothing is written."""
-    checkpoint = edis.load_checkpoint(path, edis.CalQL)
+    checkpoint = edis.load_checkpoint(path, edis.EDIS)
     config = checkpoint["config"]
     config.resume, config.offline_checkpoint, config.device = "", "", "cpu"
-    run = edis.EDISRun(config, edis.CalQL)
+    run = edis.EDISRun(config, edis.EDIS)
     run.resumes, run.source = True, path
     run.load_state_dict(checkpoint)
     if run.buffer is None or not config.generated:
