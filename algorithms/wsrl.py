@@ -75,7 +75,7 @@ class TrainConfig:
     eval_seed: int = 0  # seeds the evaluation episodes: the same start states for every evaluation and every run
     device: str = "auto"  # auto (cuda where there is one), cpu, cuda, cuda:1, ...
     threads: int = 1  # CPU threads; more than one does not pay for networks of this size
-    compile: str = "false"  # false: PyTorch 2.13 compiles gradients of the ensemble that are wrong (docs/wsrl.md)
+    compile: str = "auto"  # torch.compile the updates: true, false, or auto: in runs of 20,000 updates and more
     graphs: str = "auto"  # replay updates as CUDA graphs: true, false, or auto: on CUDA, if that works
     # --- Run
     runs_dir: str = "runs"  # the run's folder is <runs_dir>/<env>/<name>-seed<seed>
@@ -870,41 +870,34 @@ class WSRL(Agent):
     def update_online(self, batch: Batch) -> dict[str, torch.Tensor]:
         """One update of the critics on each `batch_size` rows in turn, then one of the policy on all of them."""
         for rows in zip(*(column.split(self.config.batch_size) for column in batch)):
-            metrics = self.learn_critics(Batch(*rows), self.subset())
+            metrics = self.learn_critics(Batch(*rows))
         return metrics | self.learn_policy(batch)
 
     def learn_online_from(self, buffer: ReplayBuffer) -> dict[str, torch.Tensor]:
         return self.update_online(buffer.sample(self.config.utd * self.config.batch_size))
 
     def learn(self, batch: Batch) -> dict[str, torch.Tensor]:
-        return self.learn_offline(batch, self.subset(), self.subset())
-
-    def learn_offline(self, batch: Batch, members: torch.Tensor, others: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One step of critics, policy and temperature, each from the same old parameters.
-
-        `members`, (subset,), are the critics of the target, `others` those of the penalty.
-        """
+        """Offline: one step of critics, policy and temperature, each from the same old parameters."""
         config, k, act_dim = self.config, self.config.cql_n_actions, batch.actions.shape[1]
         states, actions = self.normalize(batch.states), self.to_unit(batch.actions)
         policy = self.actor(states)
-        td_loss, q, metrics, next_policy = self.td_loss(batch, members, config.cql_max_target_backup)
+        td_loss, metrics, next_policy = self.td_loss(batch, config.cql_max_target_backup)
         losses, more = self.policy_losses(states, policy, next_policy)
 
-        # --- Conservative penalty, at sampled actions against the data's
+        # --- Conservative penalty, of another subset than the target's: of sampled actions and of the data's, one pass
         with torch.no_grad():
             random_actions = actions.new_empty(len(actions), k, act_dim).uniform_(-1, 1)
             next_actions, next_log_pi = next_policy.sample(k)
             current_actions, current_log_pi = policy.sample(k)
             random_log_density = torch.full_like(next_log_pi, -act_dim * math.log(2))  # uniform on (-1, 1)
             log_density = torch.cat([random_log_density, next_log_pi, current_log_pi], dim=1)
-            sampled = torch.cat([random_actions, next_actions, current_actions], dim=1)
-        q_random, q_policy = q_values(partial(self.critic, members=others), states, sampled).split([k, 2 * k], dim=2)
+            all_actions = torch.cat([actions[:, None], random_actions, next_actions, current_actions], dim=1)
+        q = q_values(partial(self.critic, members=self.subset()), states, all_actions)
         if config.calibrate:  # Cal-QL: at the policy's actions Q counts as no less than the return from this row on
-            bound = batch.extra[:, None]
+            bound, (q_others, q_policy) = batch.extra[:, None], q.split([1 + k, 2 * k], dim=2)
             metrics["bound_rate"] = (q_policy.detach() < bound).float().mean()
-            q_policy = torch.maximum(q_policy, bound)
-        q_all = torch.cat([q[others][:, :, None], q_random, q_policy], dim=2)
-        gap = conservative_gap(q_all, log_density, config).mean()
+            q = torch.cat([q_others, torch.maximum(q_policy, bound)], dim=2)
+        gap = conservative_gap(q, log_density, config).mean()
 
         # --- One step of each optimiser
         if config.cql_lagrange:  # the weight grows while the gap is above cql_target_action_gap
@@ -919,9 +912,9 @@ class WSRL(Agent):
         self.move_targets()
         return metrics
 
-    def learn_critics(self, batch: Batch, members: torch.Tensor) -> dict[str, torch.Tensor]:
+    def learn_critics(self, batch: Batch) -> dict[str, torch.Tensor]:
         """SAC's: no penalty."""
-        loss, _, metrics, _ = self.td_loss(batch, members, self.config.online_max_target_backup)
+        loss, metrics, _ = self.td_loss(batch, self.config.online_max_target_backup)
         descend(self.optimizers, gradients(self.optimizers, {"critic": loss}))
         self.move_targets()
         return metrics | {"critic_loss": loss.detach()}
@@ -934,23 +927,23 @@ class WSRL(Agent):
         descend(self.optimizers, gradients(self.optimizers, losses))
         return metrics
 
-    def td_loss(self, batch: Batch, members: torch.Tensor, max_backup: bool) -> tuple:
-        """The critics' squared TD error, mean over all of them and rows; Q, (size, n), metrics, and the policy in s'.
+    def td_loss(self, batch: Batch, max_backup: bool) -> tuple:
+        """The critics' squared TD error, mean over all of them and rows; metrics; and the policy in s'.
 
-        y = r + gamma (1 - d) max_a' min_{i in members} Q_target,i(s', a'), without an entropy term; a' ~ pi(.|s') is
-        one action or, with `max_backup`, the best of cql_n_actions.
+        y = r + gamma (1 - d) max_a' min_{i in M} Q_target,i(s', a'), without an entropy term; a' ~ pi(.|s') is one
+        action or, with `max_backup`, the best of cql_n_actions.
         """
         config, next_states = self.config, self.normalize(batch.next_states)
         with torch.no_grad():
             next_policy = self.actor(next_states)
             next_actions, _ = next_policy.sample(config.cql_n_actions if max_backup else 1)
-            target_critics = partial(self.target_critic, members=members)
+            target_critics = partial(self.target_critic, members=self.subset())
             q_next = q_values(target_critics, next_states, next_actions).amin(0).amax(1)
             target = batch.rewards + config.discount * (1 - batch.dones) * q_next
         q = self.critic(self.normalize(batch.states), self.to_unit(batch.actions))
         error = q - target
         metrics = {"q_mean": q.detach().mean(), "td_error": error.detach().abs().mean()}
-        return error.square().mean(), q, metrics, next_policy
+        return error.square().mean(), metrics, next_policy
 
     def policy_losses(self, states: torch.Tensor, policy: TanhGaussian, next_policy: TanhGaussian) -> tuple:
         """The losses of policy and temperature, whose entropy is measured in s', and metrics."""
@@ -970,7 +963,9 @@ class WSRL(Agent):
         torch._foreach_lerp_(targets, critics, self.config.soft_target_update_rate)
 
     def compile_update(self, **options: Any) -> None:
-        fail("PyTorch 2.13 compiles gradients of the ensemble that are wrong (docs/wsrl.md): leave out --compile")
+        """With torch.compile's options."""
+        for name in ("learn", "learn_critics", "learn_policy"):
+            setattr(self, name, torch.compile(getattr(self, name), **options))
 
 
 def frozen_copy(module: nn.Module) -> nn.Module:

@@ -140,6 +140,21 @@ def test_retrainings_of_edis(bench):
     assert total["rows_per_s"] == pytest.approx(100_000 / 60 / parts[-1]["minutes"])
 
 
+def test_the_ensemble_and_separate_critics_make_the_same_updates(bench, wsrl):
+    torch.manual_seed(0)
+    ensemble = wsrl.CriticEnsemble(10, 14, 8, 2).double()
+    separate = bench.SeparateCritics(wsrl, ensemble)
+    batch = wsrl.Batch(*(torch.rand(shape).double() for shape in ((6, 11), (6, 3), (6,), (6, 11), (6,), (6,), (6,))))
+    updates = [bench.critics_update(wsrl, critic, batch, 0.01, False) for critic in (ensemble, separate)]
+    for _ in range(3):
+        losses = [update().item() for update in updates]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    rows = bench.bench_ensemble(bench.parse(["--variants=eager", *TINY]))
+    check(rows)
+    ((one, other),) = rows.values()
+    assert (one["critics"], other["critics"], one["ratio"]) == ("separate", "batched", 1)
+
+
 def test_loading(bench, monkeypatch):
     """Here in this process, which saves the imports of two others."""
     monkeypatch.setattr(bench, "run_child", lambda args, part, *words: bench.CHILDREN[part](args, *words))

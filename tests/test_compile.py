@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from reference import ENV, MIXED_P, make_batch, scattered_agent
+from reference import ENV, MIXED_P, SOME_DONE, make_batch, scattered_agent
 from runs import TINY, check_resumes
 
 CLASSES = {"awac": "AWAC", "iql": "IQL", "cql": "CQL", "calql": "CalQL"}
@@ -46,6 +46,25 @@ def test_compiled_update_equals_the_eager_one(algorithm, agent):
             torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-11, atol=1e-11, msg=name)
     learned = [name for name, value in compiled.named_parameters() if value.grad is not None]
     assert learned and not any(torch.equal(compiled.state_dict()[name], start[name]) for name in learned)
+
+
+@torch._dynamo.config.patch(trace_autograd_ops=True)
+@torch._inductor.config.patch(fallback_random=True, compile_threads=1)
+def test_compiled_updates_of_wsrl_equal_the_eager_ones(wsrl):
+    config = wsrl.TrainConfig(hidden_dim=8, cql_n_actions=3, batch_size=2, calibrate=True, cql_lagrange=True)
+    agent, batch = scattered_agent(wsrl.WSRL, config, 0.1), make_batch(wsrl, dones=SOME_DONE, extra=0.1)
+    compiled = copy.deepcopy(agent)
+    compiled.compile_update()
+    for step, kind in enumerate(("update", "update", "update_online")):  # 4 updates of the critics on 2 rows each
+        results = []
+        for one in (agent, compiled):
+            torch.manual_seed(step)
+            results.append(getattr(one, kind)(batch))
+        assert results[0].keys() == results[1].keys()
+        for name, value in results[0].items():
+            torch.testing.assert_close(results[1][name], value, rtol=1e-10, atol=1e-10, msg=name)
+    for name, value in agent.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
 def test_compiled_run_resumes_as_if_it_had_not_stopped(awac, call, hopper_file, tmp_path):

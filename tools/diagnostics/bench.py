@@ -17,6 +17,7 @@ and 1 in the others.
 """
 
 import argparse
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -38,7 +39,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parent
 FILES = {name: FOLDER.parents[1] / "algorithms" / f"{name}_samg.py" for name in ("awac", "iql", "cql", "calql")}
-EDIS = FOLDER.parents[1] / "algorithms" / "edis.py"
+EDIS, WSRL = (FOLDER.parents[1] / "algorithms" / name for name in ("edis.py", "wsrl.py"))
 OBS_DIM, ACT_DIM = 11, 3
 ENV = "Hopper-v4"
 PLAIN = "plain reference"
@@ -426,6 +427,68 @@ def bench_generation(args: argparse.Namespace) -> dict[str, list[dict]]:
     return {"EDIS: the work of a retraining": parts, "EDIS: retrainings": [total]}
 
 
+# --- WSRL's ensemble
+class SeparateCritics(torch.nn.Module):
+    """CriticEnsemble as a list of networks, one after the other, of the same weights."""
+
+    def __init__(self, module: Any, ensemble: torch.nn.Module) -> None:
+        super().__init__()
+        sizes = [*(weight.shape[1] for weight in ensemble.weights), 1]
+        networks = (module.mlp(*sizes, layer_norm=True) for _ in ensemble.weights[0])
+        self.networks = torch.nn.ModuleList(networks).to(ensemble.weights[0])
+        for i, network in enumerate(self.networks):
+            linear = (layer for layer in network if isinstance(layer, torch.nn.Linear))
+            for layer, weight, bias in zip(linear, ensemble.weights, ensemble.biases):
+                layer.weight.data.copy_(weight[i].T), layer.bias.data.copy_(bias[i, 0])
+            for layer in (layer for layer in network if isinstance(layer, torch.nn.LayerNorm)):
+                layer.eps = module.LAYER_NORM_EPS
+
+    def forward(self, states: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        inputs = torch.cat([states, actions], dim=1)
+        return torch.stack([network(inputs).squeeze(1) for network in self.networks])
+
+
+def critics_update(module: Any, critic: torch.nn.Module, batch: Any, rate: float, compiled: bool) -> Callable:
+    """One step of all critics towards the batch's rewards; returns the loss."""
+    optimizers = {"critic": torch.optim.Adam(critic.parameters(), lr=rate, fused=True)}
+
+    def update() -> torch.Tensor:
+        loss = (critic(batch.states, batch.actions) - batch.rewards).square().mean()
+        module.descend(optimizers, module.gradients(optimizers, {"critic": loss}))
+        return loss.detach()
+
+    return torch.compile(update) if compiled else update
+
+
+def bench_ensemble(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """An update of WSRL's critics as batched products, in turns with that of as many separate networks."""
+    module = load_module(WSRL)
+    sizes = {"batch_size": args.batch_size, "hidden_dim": args.hidden_dim}
+    config = module.TrainConfig(**{key: value for key, value in sizes.items() if value}, compile="true")
+    rows = random_rows((OBS_DIM, ACT_DIM, 1, OBS_DIM, 1, 1, 1), config.batch_size, 0, args.device)
+    batch = module.ReplayBuffer(1, OBS_DIM, ACT_DIM, args.device).batch(rows)
+    torch.manual_seed(0)
+    hidden = (config.hidden_dim, config.q_n_hidden_layers)
+    ensemble = module.CriticEnsemble(config.ensemble, OBS_DIM + ACT_DIM, *hidden).to(args.device)
+    functions, names = {}, ("separate", "batched")
+    for kind in ("eager", "compiled"):
+        if kind in args.variants and (kind == "eager" or module.compiles(config, args.device)):
+            critics = SeparateCritics(module, ensemble), copy.deepcopy(ensemble)
+            for name, critic in zip(names, critics):
+                functions[kind, name] = critics_update(module, critic, batch, config.qf_lr, kind == "compiled")
+    for (kind, name), function in functions.items():
+        progress(f"ensemble, {name}, {kind}: first updates")
+        for _ in range(3):
+            function()
+    progress(f"ensemble: {args.rounds} rounds of {args.updates} updates")
+    seconds, table = interleave(functions, args), []
+    for (kind, name), times in seconds.items():
+        row = {"critics": name, "update": kind, "min_ms": 1e3 * min(times), "median_ms": 1e3 * statistics.median(times)}
+        separate = seconds[kind, "separate"]
+        table.append(row | {"ratio": min(separate) / min(times), "ratio_of_medians": median_ratio(separate, times)})
+    return {f"WSRL: an update of its {config.ensemble} critics": table}
+
+
 # --- Loading
 def write_dataset(path: Path, n: int) -> None:
     """Random rows in D4RL's layout, float32, uncompressed, in episodes of 1,000."""
@@ -519,6 +582,7 @@ def child_memory(args: argparse.Namespace, name: str, variant: str) -> dict[str,
 # --- Main
 PARTS = {"update": bench_update, "online": bench_online, "fitting": bench_fitting}
 PARTS |= {"loading": bench_loading, "start": bench_start, "generation": bench_generation}
+PARTS |= {"ensemble": bench_ensemble}
 CHILDREN = {"read": child_read, "load": child_load, "import": child_import, "memory": child_memory}
 
 
