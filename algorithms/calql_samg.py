@@ -2156,7 +2156,7 @@ class MixingBuffer(ReplayBuffer):
         return self.batch(self.rows[index])
 
 
-class CalQLRun(GuidedRun):
+class ReturnsRun(Run):
     """A run whose rows carry their returns-to-go in Batch.extra; in an unfinished episode -inf, no bound yet."""
 
     PROGRESS, CARRIED = ((*names, "failing_reward") for names in (Run.PROGRESS, Run.CARRIED))
@@ -2199,6 +2199,10 @@ class CalQLRun(GuidedRun):
         n, ring = min(len(returns), buffer.size - buffer.kept), len(buffer.rows) - buffer.kept
         index = buffer.kept + (buffer.pointer - buffer.kept - n + torch.arange(n)) % ring
         buffer.rows[index.to(self.device), -1] = torch.from_numpy(returns[-n:]).to(self.device)
+
+
+class CalQLRun(ReturnsRun, GuidedRun):
+    PROGRESS = (*GuidedRun.PROGRESS, "failing_reward")
 
 
 # --- Training loop

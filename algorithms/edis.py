@@ -2036,33 +2036,16 @@ class MixingBuffer(ReplayBuffer):
 
 
 # --- Run with generated rows
-class EDISRun(Run):
-    """Offline and online rows in one buffer, with their returns-to-go in Batch.extra, and generated ones beside it.
+class ReturnsRun(Run):
+    """A run whose rows carry their returns-to-go in Batch.extra; in an unfinished episode -inf, no bound yet."""
 
-    In an unfinished episode, and in generated rows, Batch.extra is -inf: no bound.
-    """
-
-    COLUMNS = (*Run.COLUMNS, "generated_share", *Generation.COLUMNS)
-    PROGRESS = (*Run.PROGRESS, "failing_reward", "next_retraining", "generation_report")
-    CARRIED = (*Run.CARRIED, "failing_reward")
+    PROGRESS, CARRIED = ((*names, "failing_reward") for names in (Run.PROGRESS, Run.CARRIED))
     failing_reward: float | None = None  # for is_sparse_reward: what a step without success enters the buffers with
 
     def __init__(self, config: Any, algorithm: type) -> None:
         super().__init__(config, algorithm)
         self.episode_rewards: list[float] = []  # of the open episode; there is none where a run is saved
-        self.next_retraining, self.generation_report = 0, {}  # online step at which it is due; for the log's next row
-        self.seconds["generation"] = 0.0
 
-    def build(self) -> dict[str, Any]:
-        parts = super().build()
-        self.generation = Generation(self.config, self.env, self.agent, self.device)
-        return parts | {"generation": self.generation}
-
-    def carried(self, state: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """All but the generation, which begins at the switch."""
-        return {name: part for name, part in self.parts.items() if name != "generation"}, self.switch
-
-    # --- Returns-to-go
     def returns(self, rewards: np.ndarray, ends: np.ndarray) -> np.ndarray:
         failure = self.failing_reward
         if failure is None:
@@ -2071,11 +2054,16 @@ class EDISRun(Run):
 
     def load_dataset(self) -> None:
         super().load_dataset()
-        rows = self.dataset.stored()
-        rewards = rows.rewards.cpu().numpy()
-        if self.config.is_sparse_reward and self.failing_reward is None:
-            self.failing_reward = find_failing_reward(rewards, self.env, self.reward_scale, self.reward_bias)
-        rows.extra.copy_(torch.from_numpy(self.returns(rewards, self.episode_ends)))
+        if self.dataset:
+            rows = self.dataset.stored()
+            rewards = rows.rewards.cpu().numpy()
+            if self.config.is_sparse_reward and self.failing_reward is None:
+                self.failing_reward = find_failing_reward(rewards, self.env, self.reward_scale, self.reward_bias)
+            rows.extra.copy_(torch.from_numpy(self.returns(rewards, self.episode_ends)))
+
+    def new_buffer(self, capacity: int) -> ReplayBuffer:
+        sizes = (capacity, self.env.obs_dim, self.env.act_dim, self.device)
+        return MixingBuffer(*sizes, self.config.mixing_ratio) if self.keeps_offline_data() else ReplayBuffer(*sizes)
 
     def remember(self, *transition: Any) -> Batch:
         row = super().remember(*transition)
@@ -2092,14 +2080,31 @@ class EDISRun(Run):
         index = buffer.kept + (buffer.pointer - buffer.kept - n + torch.arange(n)) % ring
         buffer.rows[index.to(self.device), -1] = torch.from_numpy(returns[-n:]).to(self.device)
 
+
+class EDISRun(ReturnsRun):
+    """Offline and online rows in one buffer, and generated ones beside it, whose Batch.extra is -inf, too: no bound."""
+
+    COLUMNS = (*Run.COLUMNS, "generated_share", *Generation.COLUMNS)
+    PROGRESS = (*ReturnsRun.PROGRESS, "next_retraining", "generation_report")
+
+    def __init__(self, config: Any, algorithm: type) -> None:
+        super().__init__(config, algorithm)
+        self.next_retraining, self.generation_report = 0, {}  # online step at which it is due; for the log's next row
+        self.seconds["generation"] = 0.0
+
+    def build(self) -> dict[str, Any]:
+        parts = super().build()
+        self.generation = Generation(self.config, self.env, self.agent, self.device)
+        return parts | {"generation": self.generation}
+
+    def carried(self, state: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """All but the generation, which begins at the switch."""
+        return {name: part for name, part in self.parts.items() if name != "generation"}, self.switch
+
     # --- Batches
     def keeps_offline_data(self) -> bool:
         """The diffusion model learns from them; without it, every batch has a share of them."""
         return True
-
-    def new_buffer(self, capacity: int) -> ReplayBuffer:
-        sizes = (capacity, self.env.obs_dim, self.env.act_dim, self.device)
-        return MixingBuffer(*sizes, self.config.mixing_ratio)
 
     def online_batch(self) -> Batch:
         """A share of generated rows, the rest online ones, none of the data's.
