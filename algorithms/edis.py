@@ -2037,7 +2037,10 @@ class MixingBuffer(ReplayBuffer):
 
 # --- Run with generated rows
 class ReturnsRun(Run):
-    """A run whose rows carry their returns-to-go in Batch.extra; in an unfinished episode -inf, no bound yet."""
+    """A run whose rows carry their returns-to-go in Batch.extra; in an unfinished episode -inf, no bound yet.
+
+    Where the offline data are kept, each online batch has its share of them.
+    """
 
     PROGRESS, CARRIED = ((*names, "failing_reward") for names in (Run.PROGRESS, Run.CARRIED))
     failing_reward: float | None = None  # for is_sparse_reward: what a step without success enters the buffers with
