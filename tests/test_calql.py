@@ -337,7 +337,7 @@ def test_values_that_no_run_can_use_are_refused(calql, values):
 @pytest.mark.slow
 @pytest.mark.parametrize("samg", ["true", "false"])
 def test_resumed_run_equals_the_uninterrupted_one(calql, samg, hopper_file, tmp_path):
-    moments = [("offline", 50), ("online", 90), ("online", 190), ("online", 290)]  # at 190 step 150's report is unwritten
+    moments = [("offline", 50), ("online", 90), ("online", 190), ("online", 290)]  # 190: a report is unwritten
     settings = TINY | {"dataset": hopper_file, "samg": samg, "log_frequency": 50, "checkpoint_frequency": 10}
     call = functools.partial(run_main, calql.CalQL, calql.CalQLRun)
     whole = check_resumes(call, moments, calql.CalQLRun, tmp_path, **settings)
